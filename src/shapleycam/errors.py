@@ -1,0 +1,39 @@
+"""The one family of errors that shapleycam raises on purpose.
+
+Every message names the value that was wrong, what was expected, and what to do. The subclasses also inherit from the
+built-in error a Python user would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class ShapleyCamError(Exception):
+    """Base class of every error that shapleycam raises on purpose."""
+
+
+class InputError(ShapleyCamError, ValueError):
+    """Images or operator arguments have the wrong rank, shape, dtype or device."""
+
+
+class TargetError(ShapleyCamError, ValueError):
+    """The explained class is out of range, or the targets have the wrong length, rank or dtype."""
+
+
+class LayerError(ShapleyCamError, ValueError):
+    """The target layer cannot be found, is not reached, is reached twice, or has an unknown layout."""
+
+
+class ModelStateError(ShapleyCamError, RuntimeError):
+    """The model is in a state in which an explanation would be wrong (training mode, compiled, …)."""
+
+
+class DerivativeError(ShapleyCamError, RuntimeError):
+    """The requested derivatives cannot be computed: no path from the layer to the target, missing operator, …"""
+
+
+class BackendError(ShapleyCamError, RuntimeError):
+    """An operator backend that was named explicitly cannot serve the call."""
+
+
+class ShapleyCamWarning(UserWarning):
+    """Category of every warning that shapleycam gives."""

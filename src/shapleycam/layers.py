@@ -1,0 +1,299 @@
+"""Finds the target layer and learns the shape of the head behind it, from one small forward pass.
+
+``survey`` runs the model once on one or two images with a hook on every module. It tells which module ran when and what it
+returned; that answers which layer to explain (``layer="auto"``), where its channels are, which classifier follows it, and
+whether anything behind it writes into its output.
+"""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import MathAttention, logits_of
+from .errors import InputError, LayerError, ModelStateError
+from .layouts import Layout, resolve_layout
+from .utilities import Utility, evaluate
+
+LayerSpec = str | nn.Module
+_PASSIVE = (
+    nn.Identity,
+    nn.Flatten,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+)
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(slots=True)
+class Record:
+    """One module call during the survey: its name, what it returned, and whether it only passed its input on."""
+
+    name: str
+    module: nn.Module
+    output: Tensor
+    input: Tensor | None
+    passive: bool
+
+
+@dataclass(slots=True)
+class Survey:
+    """What one small forward pass showed.
+
+    Attributes:
+        records: every module call that returned one floating tensor, in order of completion.
+        outputs: what the model returned.
+        logits: the logits in it, if there are any.
+        in_channels, rank: channels and dimensions of the images, where the model's first convolution reads them directly.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    outputs: Any = None
+    logits: Tensor | None = None
+    in_channels: int | None = None
+    rank: int | None = None
+
+
+def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
+    """Run ``model`` once with every module watched.
+
+    Args:
+        model: the user's model; its hooks are as before when this returns or raises.
+        images: a small batch.
+        gradients: keep the graph, so that ``find_layer`` can ask which layers every position of which matters.
+
+    Raises:
+        InputError: the images do not have the rank, channels, dtype or device that the first convolution needs.
+        ModelStateError: the model does not accept hooks.
+    """
+    found, owner = Survey(), threading.get_ident()
+    watched = images.detach().requires_grad_(gradients)
+
+    def before(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == owner and args and args[0] is watched:
+            assert isinstance(module, nn.modules.conv._ConvNd)
+            _check_first_convolution(module, images)
+            found.in_channels, found.rank = module.in_channels, module.weight.ndim
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == owner and isinstance(output, Tensor) and output.is_floating_point():
+                source = args[0] if args and isinstance(args[0], Tensor) else None
+                alias = source is not None and source.data_ptr() == output.data_ptr() and source.numel() == output.numel()
+                leaf = next(module.children(), None) is None
+                passive = leaf and (isinstance(module, _PASSIVE) or (alias and not isinstance(module, nn.Sequential)))
+                passive = passive or type(module).__name__ in ("SelectAdaptivePool2d", "Permute")
+                found.records.append(Record(name, module, output, source, passive))
+
+        return hook
+
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(MathAttention())
+        try:
+            for name, module in model.named_modules():
+                if isinstance(module, nn.modules.conv._ConvNd):
+                    stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after(name)).remove)
+        except RuntimeError as error:
+            raise ModelStateError(
+                f"{type(model).__name__} has a part that does not accept hooks ({error}). Pass the original model, not a scripted one."
+            ) from error
+        found.outputs = model(watched)
+    found.logits = logits_of(found.outputs)
+    return found
+
+
+def _check_first_convolution(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
+    rank, channels = module.weight.ndim, module.in_channels
+    if images.ndim != rank:
+        hint = " Add a batch dimension: images[None]." if images.ndim == rank - 1 else ""
+        raise InputError(f"images must have {rank} dimensions for this model, got shape {tuple(images.shape)}.{hint}")
+    if images.shape[1] != channels:
+        hint = " The channels come second: images.movedim(-1, 1)." if images.shape[-1] == channels else ""
+        raise InputError(f"images must have {channels} channels for this model, got shape {tuple(images.shape)}.{hint}")
+    if images.device != module.weight.device:
+        raise InputError(
+            f"images are on {images.device}, the model is on {module.weight.device}: images.to({str(module.weight.device)!r})."
+        )
+    if images.dtype != module.weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise InputError(
+            f"images are {images.dtype}, the model is {module.weight.dtype}: images.to({module.weight.dtype}), or use autocast."
+        )
+
+
+def named_layers(model: nn.Module, wanted: LayerSpec | Sequence[LayerSpec]) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each layer the caller named, as a module, a dotted name ("layer4.2", "layer4[-1]") or a list.
+
+    Raises:
+        LayerError: no such layer (the nearest names are suggested), a module from elsewhere, or one named twice.
+    """
+    specs: Iterable[LayerSpec] = [wanted] if isinstance(wanted, (str, nn.Module)) else list(wanted)
+    modules = dict(model.named_modules())
+    found: list[tuple[str, nn.Module]] = []
+    for spec in specs:
+        if isinstance(spec, nn.Module):
+            name = next((name for name, module in modules.items() if module is spec), None)
+            if name is None:
+                raise LayerError(
+                    f"The layer {type(spec).__name__} given is not part of the model {type(model).__name__}. "
+                    "Take it from the very model that is explained (a copy or a compiled model has other modules)."
+                )
+            found.append((name, spec))
+        elif isinstance(spec, str):
+            found.append(_by_name(modules, spec))
+        else:
+            raise LayerError(f"layer must be 'auto', a module, a dotted name or a list of them, got {spec!r}.")
+    if not found:
+        raise LayerError("layer is an empty list: name at least one layer, or use layer='auto'.")
+    if len({id(module) for _, module in found}) != len(found):
+        raise LayerError(f"A layer is named twice in {[name for name, _ in found]}: name each layer once.")
+    return found
+
+
+def _by_name(modules: dict[str, nn.Module], spec: str) -> tuple[str, nn.Module]:
+    if spec in modules:
+        return spec, modules[spec]
+    dotted = spec.replace("[", ".").replace("]", "")
+    parts = dotted.split(".")
+    module, name = modules[""], ""
+    for part in parts:
+        children = dict(module.named_children())
+        if part.lstrip("-").isdigit() and part not in children and -len(children) <= int(part) < len(children):
+            part = list(children)[int(part)]
+        if part not in children:
+            near = difflib.get_close_matches(dotted, modules, n=4, cutoff=0.5) or [n for n in modules if n][-4:]
+            raise LayerError(f"No layer {spec!r} in {type(modules['']).__name__}. Nearest: {', '.join(map(repr, near))}.")
+        module, name = children[part], f"{name}.{part}".lstrip(".")
+    return name, module
+
+
+def token_facts(model: nn.Module) -> tuple[int | None, tuple[int, ...] | None]:
+    """What a model says of its tokens: how many leading ones are not patches, and the patch size."""
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if not isinstance(prefix, int):
+        # torchvision's VisionTransformer keeps its class token as a parameter.
+        prefix = 1 if isinstance(getattr(model, "class_token", None), Tensor) else None
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and module.stride == module.kernel_size and module.stride[0] > 1:
+            return prefix, tuple(module.stride)
+    return prefix, None
+
+
+def find_layer(
+    model: nn.Module, seen: Survey, image_shape: Sequence[int], utility: Utility, wanted: str | Layout
+) -> tuple[str, nn.Module]:
+    """The target layer of ``layer="auto"``: the last layer with positions all of which still matter to the utility.
+
+    For a convolutional network that is the input of the final pooling; for a transformer with a class token it is the
+    input of the last attention, because behind it the class token no longer looks at the patches.
+
+    Raises:
+        LayerError: nothing fits; the message lists the candidates with their shapes.
+    """
+    prefix, patch = token_facts(model)
+    candidates: list[tuple[Record, Layout]] = []
+    for record in seen.records:
+        if record.passive or record.output.ndim < 3 or record.module is model or record.output is seen.logits:
+            continue
+        try:
+            layout = resolve_layout(
+                record.output.shape,
+                image_shape,
+                name=record.name,
+                wanted=wanted,
+                module=record.module,
+                prefix=prefix,
+                patch=patch,
+            )
+        except LayerError:
+            continue  # not a spatial output: no candidate
+        if layout.view(record.output).shape[2] > 1:
+            candidates.append((record, layout))
+    width = candidates[-1][0].output.shape[-1] if candidates and candidates[-1][1].kind == "NTC" else None
+    if width is not None:
+        # The projections inside a transformer block (queries and keys, the wide MLP layer) are no feature maps.
+        candidates = [(r, layout) for r, layout in candidates if layout.kind != "NTC" or r.output.shape[-1] == width]
+    matters = _positions_matter(seen, utility, candidates)
+    for i in reversed(range(len(candidates))):
+        if matters[i]:
+            chosen = candidates[i][0]
+            same = [r for r, _ in candidates if r.output is chosen.output or r.output.data_ptr() == chosen.output.data_ptr()]
+            # Containers return the tensor of their last child: name the outermost.
+            outermost = min((r for r in same if r.output.shape == chosen.output.shape), key=lambda r: r.name.count("."))
+            return outermost.name, outermost.module
+    listing = "\n".join(f"  {r.name}: {tuple(r.output.shape)}" for r, _ in candidates[-12:]) or "  (none)"
+    raise LayerError(
+        f"layer='auto' found no layer of {type(model).__name__} whose positions all lead to the target. Name one with layer=. "
+        f"Candidates with positions, last first to run at the bottom:\n{listing}"
+    )
+
+
+def _positions_matter(seen: Survey, utility: Utility, candidates: Sequence[tuple[Record, Layout]]) -> list[bool]:
+    """For each candidate: does the utility's gradient reach at least half of its positions?"""
+    if not candidates:
+        return []
+    batch = candidates[-1][0].output.shape[0]
+    targets = seen.logits.detach().argmax(1) if seen.logits is not None and seen.logits.ndim == 2 else None
+    with torch.enable_grad():
+        value = evaluate(utility, seen.outputs, seen.logits, targets, batch)
+        if not value.requires_grad:
+            return [False] * len(candidates)
+        gradients = torch.autograd.grad(value.sum(), [r.output for r, _ in candidates], allow_unused=True)
+    reached = []
+    for (_, layout), gradient in zip(candidates, gradients, strict=True):
+        share = 0.0 if gradient is None else (layout.view(gradient) != 0).any(1).float().mean().item()
+        reached.append(share >= 0.5)
+    return reached
+
+
+def final_linear(seen: Survey, layers: Sequence[tuple[str, nn.Module]]) -> tuple[nn.Linear | None, str]:
+    """The linear layer whose output is the logits and which runs once, behind the target layer; or None and the reason."""
+    if seen.logits is None or seen.logits.ndim != 2:
+        return None, "the model does not return logits [N, K]"
+    done = [i for i, r in enumerate(seen.records) if any(r.module is module for _, module in layers)]
+    for i, record in enumerate(seen.records):
+        if isinstance(record.module, nn.Linear) and same_tensor(record.output, seen.logits):
+            if not done or i < max(done):
+                return None, f"the classifier {record.name!r} does not run behind the target layer"
+            if sum(r.module is record.module for r in seen.records) > 1:
+                return None, f"the classifier {record.name!r} runs more than once"
+            if record.input is None or record.input.ndim != 2:
+                return None, f"the classifier {record.name!r} does not read one vector per image"
+            return record.module, record.name
+    return None, "the logits are not the output of a linear layer"
+
+
+def same_tensor(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory in the same shape."""
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
+
+
+def affine_error(linear: nn.Linear, view: Tensor, logits: Tensor) -> float:
+    """Relative error of ``W·mean_s(A) + b`` as a prediction of the logits, in float64."""
+    mean = view.detach().double().mean(2)
+    if mean.shape[1] != linear.in_features:
+        return float("inf")
+    predicted = mean @ linear.weight.detach().double().T
+    actual = logits.detach().double()
+    if linear.bias is not None:
+        actual = actual - linear.bias.detach().double()
+    if actual.shape != predicted.shape:
+        return float("inf")
+    return ((actual - predicted).norm() / predicted.norm().clamp_min(1e-300)).item()
+
+
+def affine_tolerance(dtype: torch.dtype) -> float:
+    """The relative error up to which a head counts as pool-and-linear; float32 leaves room for TF32 products."""
+    return _TOLERANCE.get(dtype, 1e-3)
+
