@@ -119,9 +119,6 @@ class Capture(AbstractContextManager["Capture"]):
     def __enter__(self) -> Capture:
         self._owner = threading.get_ident()
         with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                # Inference tensors cannot be saved for a backward pass.
-                stack.enter_context(torch.inference_mode(False))
             # Restores the caller's grad mode on the way out, whatever the hook below turned on.
             stack.enter_context(torch.no_grad())
             for index, site in enumerate(self.sites):

@@ -80,6 +80,7 @@ class Request:
     order: int
     copy: bool
     baseline: bool = False
+    trial: bool = False  # also look for operators that would silently cut the second derivative off
 
     def capture(self, **options: Any) -> Capture:
         return Capture(self.model, self.layers, copy=self.copy, **options)
@@ -175,13 +176,12 @@ def closed_form(request: Request, linear: nn.Linear) -> Derived:
     """
     with request.capture(gradients=False, linear=linear) as capture:
         outputs = capture.run(request.images)
-    logits = logits_of(outputs)
-    calls, site = capture.linear_calls, capture.sites[0]
-    if logits is None or len(calls) != 1 or not same_tensor(calls[0][1], logits) or calls[0][0].ndim != 2:
-        raise HeadChanged("the logits are no longer the output of the classifier")
-    if site.mutated and not request.copy:
-        raise HeadChanged("an operator writes into the target layer's output")
-    with torch.no_grad():
+        logits = logits_of(outputs)
+        calls, site = capture.linear_calls, capture.sites[0]
+        if logits is None or len(calls) != 1 or not same_tensor(calls[0][1], logits) or calls[0][0].ndim != 2:
+            raise HeadChanged("the logits are no longer the output of the classifier")
+        if site.mutated and not request.copy:
+            raise HeadChanged("an operator writes into the target layer's output")
         return _closed_form_terms(request, capture, linear, outputs, logits)
 
 
@@ -254,8 +254,22 @@ def _dense_rows(
 # --------------------------------------------------------------------------------------------------------- autograd
 
 
+def _cut_off(gradient: Tensor) -> bool:
+    """Whether a node of the gradient's graph stands for a derivative that torch refuses to take."""
+    waiting, known = [gradient.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        known.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
 def _differentiate(
-    value: Tensor, inputs: list[Tensor], vector: Tensor | None, second: bool, keep: bool
+    value: Tensor, inputs: list[Tensor], vector: Tensor | None, second: bool, keep: bool, trial: bool = False
 ) -> list[tuple[Tensor, Tensor | None]]:
     """(gradient, Hessian-vector product or None where it is structurally zero) for each of ``inputs``."""
     if not value.requires_grad:
@@ -271,6 +285,12 @@ def _differentiate(
                 f"There is no path from target layer number {i} to the utility: choose a layer the logits depend on."
             )
         hvp = None
+        if second and trial and _cut_off(gradient):
+            raise DerivativeError(
+                "Engine reverse_over_reverse cannot differentiate the head twice: it contains a function marked "
+                "once_differentiable, behind which torch would take the Hessian for zero. Use engine='midpoint' (approximate) "
+                "or a first-order method such as 'gradcam'."
+            )
         if second and gradient.requires_grad:
             last = not keep and i == len(inputs) - 1
             direction = source.detach() if vector is None else vector
@@ -312,7 +332,7 @@ def _fill(request: Request, capture: Capture, derived: Derived, values: list[Ten
     for m, value in enumerate(values):
         keep = m < len(values) - 1
         try:
-            pairs = _differentiate(value, inputs, None, request.order > 1, keep)
+            pairs = _differentiate(value, inputs, None, request.order > 1, keep, request.trial)
         except RuntimeError as error:
             raise _missing_derivative(error, "reverse_over_reverse") from error
         for term, (gradient, hvp) in zip(derived.terms, pairs, strict=True):
@@ -326,7 +346,8 @@ def _missing_derivative(error: RuntimeError, engine: str) -> Exception:
     if isinstance(error, torch.OutOfMemoryError):
         return error
     text = str(error)
-    if any(sign in text for sign in ("not implemented", "does not support", "not supported", "double backward", "Trying to backward")):
+    signs = ("not implemented", "does not support", "not supported", "double backward", "forward AD", "forward mode AD")
+    if any(sign in text for sign in signs):
         other = "forward_over_reverse" if engine == "reverse_over_reverse" else "reverse_over_reverse"
         return DerivativeError(
             f"Engine {engine} cannot differentiate an operator of the head: {text.splitlines()[0]} Try engine={other!r}, "

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from .layers import (
     LayerSpec,
     affine_error,
     affine_tolerance,
+    check_stem,
     final_linear,
     find_layer,
     named_layers,
@@ -63,7 +65,7 @@ class Plan:
         head: in words, what the head is and how that is known.
         copy: an operator behind the target layer writes into its output, so the head gets a copy.
         classes: number of logits, if the model returns logits [N, K].
-        in_channels, rank: what the first convolution wants of the images, if it reads them directly.
+        stem: the convolution that reads the images directly, if there is one; images are checked against it.
         notes: warnings that were given.
     """
 
@@ -73,8 +75,7 @@ class Plan:
     head: str
     copy: bool
     classes: int | None
-    in_channels: int | None
-    rank: int | None
+    stem: nn.modules.conv._ConvNd | None
     notes: tuple[str, ...] = ()
 
 
@@ -133,7 +134,7 @@ class Explainer:
             raise InputError(f"Unknown backend {backend!r}: expected 'auto', {', '.join(map(repr, _BACKENDS))}.")
         self.engine, self.backend, self.layout = engine, backend, layout
         self._named = None if isinstance(layer, str) and layer == "auto" else tuple(named_layers(model, layer))
-        self._modules = tuple(model.named_modules())
+        self._modal = tuple((name, module) for name, module in model.named_modules() if _depends_on_mode(module))
         self._tokens = token_facts(model)
         self._plan: Plan | None = None
         self._lock = threading.RLock()
@@ -170,16 +171,16 @@ class Explainer:
         targets = as_targets(targets)
         self._check(images, targets)
         plan = self._plan or self.prepare(images)
-        request = self._request(plan, images, targets, with_gap)
-        try:
-            derived = self._derive(plan, request)
-        except HeadChanged:
-            # The model was edited since the plan was made: look again, once.
-            with self._lock:
-                self._plan = None
-            plan = self.prepare(images)
-            derived = self._derive(plan, self._request(plan, images, targets, with_gap))
-        return self._finish(plan, derived, images, targets, with_norms, with_gap)
+        with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
+            try:
+                derived = self._derive(plan, self._request(plan, images, targets, with_gap))
+            except HeadChanged:
+                # The model was edited since the plan was made: look again, once.
+                with self._lock:
+                    self._plan = None
+                plan = self.prepare(images)
+                derived = self._derive(plan, self._request(plan, images, targets, with_gap))
+            return self._finish(plan, derived, images, targets, with_norms, with_gap)
 
     def prepare(self, images: Tensor) -> Plan:
         """Study the model on the first two of ``images`` and remember the findings; returns the plan.
@@ -192,7 +193,8 @@ class Explainer:
         with self._lock:
             if self._plan is None:
                 self._check(images, None)
-                self._plan = self._study(images[:2].detach())
+                with torch.inference_mode(False):
+                    self._plan = self._study(images[:2].detach().clone())
             return self._plan
 
     def _derive(self, plan: Plan, request: Request) -> Derived:
@@ -213,7 +215,7 @@ class Explainer:
             several = isinstance(targets, Tensor) and targets.ndim == 2
             raws, served = [], "torch"
             for term in derived.terms:
-                raw, served = self._reduce(term)  # [N, M, S]
+                raw, served = self._reduce(term, 1 if derived.targets is None else derived.targets.shape[1])  # [N, M, S]
                 raw = (raw + poison[:, None, None].to(raw.dtype)).unflatten(2, term.layout.grid)
                 raws.append(raw if several else raw[:, 0])
             norms = _norm_ratio(derived.terms) if with_norms else None
@@ -243,11 +245,11 @@ class Explainer:
             _warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
         return explanation
 
-    def _reduce(self, term: Terms) -> tuple[Tensor, str]:
+    def _reduce(self, term: Terms, classes: int) -> tuple[Tensor, str]:
         """One layer's signed maps [N, M, S], and the backend that made them."""
         method, a = self.method, term.activations
         if method.order == 0:
-            alpha = self._random(a)
+            alpha = self._random(a, classes)
             served = ops.select("channel_weighted_sum", a, alpha, backend=self.backend)
             return ops.channel_weighted_sum(a, alpha, backend=served), served
         hvps = term.hvps if method.order == 2 else [None] * len(term.gradients)
@@ -265,11 +267,11 @@ class Explainer:
             maps.append(ops.weighted_reduce(a, g, h, method.pooling, backend=served))
         return torch.stack(maps, 1), served
 
-    def _random(self, activations: Tensor) -> Tensor:
+    def _random(self, activations: Tensor, classes: int) -> Tensor:
         with self._lock:
             if self._generator is None or self._generator.device != activations.device:
                 self._generator = torch.Generator(activations.device).manual_seed(self._seed)
-            shape = (activations.shape[0], 1, activations.shape[1])
+            shape = (activations.shape[0], classes, activations.shape[1])
             return torch.rand(shape, generator=self._generator, device=activations.device) * 2 - 1
 
     # ------------------------------------------------------------------------------------------------ the study
@@ -296,7 +298,7 @@ class Explainer:
             layers = (find_layer(self.model, seen, images.shape, self.utility, self.layout),)
         linear, reason = final_linear(seen, layers) if len(layers) == 1 else (None, "there are several target layers")
         classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
-        plan = Plan(tuple(layers), self.engine, None, reason, False, classes, seen.in_channels, seen.rank)
+        plan = Plan(tuple(layers), self.engine, None, reason, False, classes, seen.stem)
         del seen
         plan = self._study_head(plan, images, linear)
         return self._choose_engine(plan, images)
@@ -326,13 +328,13 @@ class Explainer:
         if self.method.order < 2:
             return plan
         try:
-            trial = self._derive(plan, self._request(plan, images, None, False))
+            trial = self._derive(plan, replace(self._request(plan, images, None, False), trial=True))
         except DerivativeError as first:
             if self.engine != "auto":
                 raise
             plan = replace(plan, engine="forward_over_reverse")
             try:
-                trial = self._derive(plan, self._request(plan, images, None, False))
+                trial = self._derive(plan, replace(self._request(plan, images, None, False), trial=True))
             except DerivativeError:
                 raise first from None
         if self.utility.name == "logit" or not self.utility.named:
@@ -356,18 +358,14 @@ class Explainer:
                 f"images must be floating and normalised as the model expects, got {images.dtype}. For 0..255 pixels: "
                 "images.float() / 255, then subtract the mean and divide by the standard deviation."
             )
-        if images.ndim < 3 or (plan is not None and plan.rank is not None and images.ndim != plan.rank):
-            expected = plan.rank if plan is not None and plan.rank is not None else 4
-            raise InputError(
-                f"images must have {expected} dimensions, [N, channels, ...], got shape {tuple(images.shape)}."
-                + (" Add a batch dimension: images[None]." if images.ndim == expected - 1 else "")
-            )
+        if images.ndim < 3:
+            raise InputError(f"images must have a batch, a channel and spatial dimensions, got shape {tuple(images.shape)}.")
         if images.numel() == 0:
             raise InputError(f"images is an empty batch, shape {tuple(images.shape)}: pass at least one image.")
-        if plan is not None and plan.in_channels is not None and images.shape[1] != plan.in_channels:
-            raise InputError(f"images must have {plan.in_channels} channels for this model, got shape {tuple(images.shape)}.")
+        if plan is not None and plan.stem is not None:
+            check_stem(plan.stem, images)
         check_targets(targets, images.shape[0], plan.classes if plan is not None else None)
-        training = [name or type(module).__name__ for name, module in self._modules if module.training]
+        training = [name or type(module).__name__ for name, module in self._modal if module.training]
         if training:
             raise ModelStateError(
                 f"The model is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}): batch norm and "
@@ -375,8 +373,21 @@ class Explainer:
             )
 
 
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether training mode may change what a module computes; a module that is not torch's own may do anything."""
+    if not type(module).__module__.startswith("torch.nn.modules"):
+        return True
+    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase)) or (
+        isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+    )
+
+
 def _warn(message: str) -> None:
-    warnings.warn(message, ShapleyCamWarning, stacklevel=4)
+    # Point at the caller's line, not into the package.
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("shapleycam"):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, ShapleyCamWarning, stacklevel=depth)
 
 
 def _norm_ratio(terms: Sequence[Terms]) -> Tensor:

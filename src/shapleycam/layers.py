@@ -52,14 +52,13 @@ class Survey:
         records: every module call that returned one floating tensor, in order of completion.
         outputs: what the model returned.
         logits: the logits in it, if there are any.
-        in_channels, rank: channels and dimensions of the images, where the model's first convolution reads them directly.
+        stem: the convolution that reads the images directly, if there is one.
     """
 
     records: list[Record] = field(default_factory=list)
     outputs: Any = None
     logits: Tensor | None = None
-    in_channels: int | None = None
-    rank: int | None = None
+    stem: nn.modules.conv._ConvNd | None = None
 
 
 def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
@@ -75,13 +74,13 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
         ModelStateError: the model does not accept hooks.
     """
     found, owner = Survey(), threading.get_ident()
-    watched = images.detach().requires_grad_(gradients)
+    watched = images
 
     def before(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == owner and args and args[0] is watched:
             assert isinstance(module, nn.modules.conv._ConvNd)
-            _check_first_convolution(module, images)
-            found.in_channels, found.rank = module.in_channels, module.weight.ndim
+            check_stem(module, images)
+            found.stem = module
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -96,10 +95,10 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
         return hook
 
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(MathAttention())
+        # A clone taken here is no inference tensor, even where the images are.
+        watched = images.detach().clone().requires_grad_(gradients)
         try:
             for name, module in model.named_modules():
                 if isinstance(module, nn.modules.conv._ConvNd):
@@ -114,7 +113,12 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
     return found
 
 
-def _check_first_convolution(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
+def check_stem(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
+    """Check the images against the convolution that reads them.
+
+    Raises:
+        InputError: wrong rank, channels, device or dtype.
+    """
     rank, channels = module.weight.ndim, module.in_channels
     if images.ndim != rank:
         hint = " Add a batch dimension: images[None]." if images.ndim == rank - 1 else ""
@@ -138,7 +142,7 @@ def named_layers(model: nn.Module, wanted: LayerSpec | Sequence[LayerSpec]) -> l
     Raises:
         LayerError: no such layer (the nearest names are suggested), a module from elsewhere, or one named twice.
     """
-    specs: Iterable[LayerSpec] = [wanted] if isinstance(wanted, (str, nn.Module)) else list(wanted)
+    specs: Iterable[Any] = wanted if isinstance(wanted, (list, tuple)) else [wanted]
     modules = dict(model.named_modules())
     found: list[tuple[str, nn.Module]] = []
     for spec in specs:
@@ -169,7 +173,7 @@ def _by_name(modules: dict[str, nn.Module], spec: str) -> tuple[str, nn.Module]:
     module, name = modules[""], ""
     for part in parts:
         children = dict(module.named_children())
-        if part.lstrip("-").isdigit() and part not in children and -len(children) <= int(part) < len(children):
+        if part.lstrip("-").isdigit() and part not in children and -len(children) <= int(part) < len(children) and str(int(part)) == part:
             part = list(children)[int(part)]
         if part not in children:
             near = difflib.get_close_matches(dotted, modules, n=4, cutoff=0.5) or [n for n in modules if n][-4:]

@@ -103,6 +103,9 @@ def resolve_layout(
     found = [layout for kind in kinds if (layout := _fit(kind, shape, space, prefix, patch, strict=wanted == "auto"))]
     if len(found) > 1:
         found = [layout for layout in found if _channels_agree(module, shape[layout.channels_dim])] or found
+    if len(found) > 1 and isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)):
+        # h = w = channels: these two kinds of module have the channels second, always.
+        found = [layout for layout in found if layout.channels_dim == 1]
     if not found and wanted == "auto" and len(shape) >= 4:
         # Strides that differ by dimension (audio, text lines) break the aspect test: let the module's own word decide.
         loose = [layout for kind in kinds if (layout := _fit(kind, shape, space, prefix, patch, strict=False))]

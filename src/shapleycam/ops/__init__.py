@@ -1,0 +1,161 @@
+"""The fused operators, their reference twins, and the ladder of backends that serve them.
+
+All take strided views (any strides; one unit stride is fast), mixed float dtypes, any number of positions and channels from 1
+up, and an empty batch. They accumulate in float32 (float64 for float64 activations), keep NaN, and are deterministic. They
+have no derivatives: an input that requires gradients is refused while gradients are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DerivativeError
+from . import contract, library, reference
+from .colormaps import table_of
+from .ladder import ORDER, BackendStatus, backends, select
+
+__all__ = [
+    "ORDER",
+    "BackendStatus",
+    "backends",
+    "channel_weighted_sum",
+    "display_map",
+    "overlay",
+    "select",
+    "weighted_reduce",
+]
+
+
+def _call(operator: Any, *arguments: Any) -> Any:
+    # A registered operator costs its dispatch: skip it where nothing is compiling or tracing.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return operator(*arguments)
+    return operator._init_fn(*arguments)
+
+
+def _no_gradients(operator: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise DerivativeError(
+            f"{operator} has no derivative: detach its inputs, call it under torch.no_grad(), or use "
+            f"shapleycam.ops.reference.{operator}, which is differentiable."
+        )
+
+
+def weighted_reduce(
+    activations: Tensor, gradient: Tensor, hvp: Tensor | None = None, pooling: str = "mean", *, backend: str = "auto"
+) -> Tensor:
+    """The signed map of one method row, before the final ReLU (arXiv 2501.06261, section 4.3).
+
+    With ``w = gradient - hvp / 2``, or ``w = gradient`` without an hvp:
+
+    ====================  ==================================================================================
+    "mean"                ``sum_c mean_s(w) A``
+    "elementwise"         ``sum_c w A``
+    "elementwise_relu"    ``sum_c max(w A, 0)``
+    "activation"          ``alpha_c = sum_s w A / (sum_s A + 1e-7)``, then ``sum_c alpha_c A``
+    "positive_gradient"   ``sum_c max(w, 0) A``
+    "plusplus"            ``alpha_c = sum_s max(w, 0) w² / (2 w² + w³ sum_s A + 1e-6)``, 0 where w = 0
+    ====================  ==================================================================================
+
+    Reads: "elementwise", "elementwise_relu" and "positive_gradient" read every input once. "mean" reads w once for the spatial
+    sum and A once for the channel sum. "activation" and "plusplus" need a spatial sum over A first and read A again, from
+    cache while an image's share of the channels fits there.
+
+    Args:
+        activations, gradient, hvp: [N, C, S] on one device, any float dtypes and strides; gradient and hvp may be expanded.
+        pooling: the row.
+        backend: "auto", or "cuda", "triton", "native", "torch".
+
+    Returns:
+        [N, S], float32 (float64 for float64 activations), contiguous.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit, or the pooling is unknown.
+        BackendError: the backend named cannot serve.
+        DerivativeError: an input requires gradients.
+    """
+    contract.check_weighted_reduce(activations, gradient, hvp, pooling)
+    _no_gradients("weighted_reduce", activations, gradient, hvp)
+    out: Tensor = _call(library.weighted_reduce, activations, gradient, hvp, pooling, backend)
+    return out
+
+
+def channel_weighted_sum(activations: Tensor, alpha: Tensor, *, backend: str = "auto") -> Tensor:
+    """``sum_c alpha[n, m, c] A[n, c, s]``: M maps per image from one read of the activations.
+
+    Args:
+        activations: [N, C, S], any float dtype and strides.
+        alpha: [N, M, C] on the same device, any float dtype and strides.
+        backend: as for :func:`weighted_reduce`.
+
+    Returns:
+        [N, M, S], float32 (float64 for float64 activations), contiguous.
+
+    Raises:
+        InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
+    """
+    contract.check_channel_weighted_sum(activations, alpha)
+    _no_gradients("channel_weighted_sum", activations, alpha)
+    out: Tensor = _call(library.channel_weighted_sum, activations, alpha, backend)
+    return out
+
+
+def display_map(raw: Tensor, size: Sequence[int], *, renormalize: bool = True, backend: str = "auto") -> Tensor:
+    """The display form of signed maps: max(·, 0), min-max, linear resize with half-pixel centres, min-max.
+
+    Min-max is ``(m - min) / (1e-7 + max)`` per image, the maximum taken after the subtraction.
+
+    Args:
+        raw: [N, h, w], or [N, l], or [N, d, h, w]; any float dtype.
+        size: the spatial size of the result.
+        renormalize: whether to do the second min-max (left out before several layers' maps are averaged).
+        backend: as for :func:`weighted_reduce`.
+
+    Returns:
+        [N, *size], float32 (float64 for float64 maps), contiguous; an image with NaN is NaN.
+
+    Raises:
+        InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
+    """
+    contract.check_display_map(raw, size)
+    _no_gradients("display_map", raw)
+    out: Tensor = _call(library.display_map, raw, list(size), renormalize, backend)
+    return out
+
+
+def overlay(
+    images: Tensor,
+    heatmaps: Tensor,
+    *,
+    colormap: str = "jet",
+    alpha: float = 0.5,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Heatmaps in colour over images.
+
+    Args:
+        images: [N, 3, H, W]: uint8, or floating in [0, 1], or normalised by ``mean`` and ``std`` (three numbers each).
+        heatmaps: [N, H, W] in [0, 1] on the same device.
+        colormap: "jet", "turbo", "viridis" or "magma".
+        alpha: weight of the colours, in [0, 1].
+        backend: as for :func:`weighted_reduce`.
+
+    Returns:
+        uint8 [N, H, W, 3]; positions where the heatmap is NaN or Inf are magenta.
+
+    Raises:
+        InputError: an argument does not fit.
+        BackendError: the backend named cannot serve.
+    """
+    contract.check_overlay(images, heatmaps, alpha, mean, std)
+    select("overlay", heatmaps, backend=backend)
+    table = table_of(colormap, images.device)
+    shift = None if mean is None else torch.as_tensor(mean, dtype=torch.float32, device=images.device)
+    scale = None if std is None else torch.as_tensor(std, dtype=torch.float32, device=images.device)
+    return reference.overlay(images.detach(), heatmaps.detach(), table, alpha, shift, scale)

@@ -1,0 +1,103 @@
+"""The operators' contract: what their arguments must be, and one allocator for what they return.
+
+The eager implementation and the fake one (used under ``torch.compile`` and export) call the same functions here, so their
+shapes and dtypes cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .reference import accumulator
+
+POOLINGS = ("mean", "elementwise", "elementwise_relu", "activation", "positive_gradient", "plusplus")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _floating(name: str, tensor: Tensor, operator: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{operator}: {name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.dtype not in DTYPES:
+        raise InputError(f"{operator}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+
+
+def check_weighted_reduce(activations: Tensor, gradient: Tensor, hvp: Tensor | None, pooling: str) -> None:
+    """Raise InputError unless the arguments are [N, C, S] alike, on one device, and the pooling is known."""
+    operator = "weighted_reduce"
+    _floating("activations", activations, operator)
+    if activations.ndim != 3 or activations.shape[1] == 0 or activations.shape[2] == 0:
+        raise InputError(f"{operator}: activations must be [N, C, S] with C, S >= 1, got shape {tuple(activations.shape)}.")
+    if pooling not in POOLINGS:
+        raise InputError(f"{operator}: unknown pooling {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+    for name, tensor in (("gradient", gradient), ("hvp", hvp)):
+        if tensor is None:
+            continue
+        _floating(name, tensor, operator)
+        if tensor.shape != activations.shape or tensor.device != activations.device:
+            raise InputError(
+                f"{operator}: {name} must be {tuple(activations.shape)} on {activations.device} like the activations, "
+                f"got {tuple(tensor.shape)} on {tensor.device}. A constant weight is passed as tensor.expand_as(activations)."
+            )
+
+
+def check_channel_weighted_sum(activations: Tensor, alpha: Tensor) -> None:
+    """Raise InputError unless activations are [N, C, S] and alpha [N, M, C] on one device."""
+    operator = "channel_weighted_sum"
+    _floating("activations", activations, operator)
+    _floating("alpha", alpha, operator)
+    if activations.ndim != 3 or activations.shape[1] == 0 or activations.shape[2] == 0:
+        raise InputError(f"{operator}: activations must be [N, C, S] with C, S >= 1, got shape {tuple(activations.shape)}.")
+    n, c, _ = activations.shape
+    if alpha.ndim != 3 or alpha.shape[0] != n or alpha.shape[2] != c or alpha.device != activations.device:
+        raise InputError(
+            f"{operator}: alpha must be [{n}, M, {c}] on {activations.device}, got {tuple(alpha.shape)} on {alpha.device}."
+        )
+
+
+def check_display_map(raw: Tensor, size: Sequence[int]) -> None:
+    """Raise InputError unless raw is [N, *grid] with one to three spatial dimensions and size fits them."""
+    _floating("raw", raw, "display_map")
+    if not 2 <= raw.ndim <= 4 or 0 in raw.shape[1:]:
+        raise InputError(f"display_map: raw must be [N, h, w] (or [N, l], [N, d, h, w]), got shape {tuple(raw.shape)}.")
+    if len(size) != raw.ndim - 1 or any(s < 1 for s in size):
+        raise InputError(f"display_map: size must be {raw.ndim - 1} positive integers, got {tuple(size)}.")
+
+
+def check_overlay(images: Tensor, heatmaps: Tensor, alpha: float, mean: object, std: object) -> None:
+    """Raise InputError unless images are [N, 3, H, W], heatmaps [N, H, W] on the same device, and alpha is in [0, 1]."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"overlay: images must be [N, 3, H, W], got {got}.")
+    if images.dtype != torch.uint8:
+        _floating("images", images, "overlay")
+    _floating("heatmaps", heatmaps, "overlay")
+    wanted = (images.shape[0], *images.shape[2:])
+    if heatmaps.shape != wanted or heatmaps.device != images.device:
+        raise InputError(
+            f"overlay: heatmaps must be {wanted} on {images.device}, got {tuple(heatmaps.shape)} on {heatmaps.device}."
+        )
+    if not 0 <= alpha <= 1:
+        raise InputError(f"overlay: alpha must be between 0 and 1, got {alpha}.")
+    if (mean is None) != (std is None):
+        raise InputError("overlay: give both mean and std, or neither.")
+
+
+def empty_reduced(activations: Tensor) -> Tensor:
+    """The result of ``weighted_reduce``, not filled: [N, S]."""
+    shape = (activations.shape[0], activations.shape[2])
+    return torch.empty(shape, dtype=accumulator(activations.dtype), device=activations.device)
+
+
+def empty_summed(activations: Tensor, alpha: Tensor) -> Tensor:
+    """The result of ``channel_weighted_sum``, not filled: [N, M, S]."""
+    shape = (activations.shape[0], alpha.shape[1], activations.shape[2])
+    return torch.empty(shape, dtype=accumulator(activations.dtype), device=activations.device)
+
+
+def empty_display(raw: Tensor, size: Sequence[int]) -> Tensor:
+    """The result of ``display_map``, not filled: [N, *size]."""
+    return torch.empty((raw.shape[0], *size), dtype=accumulator(raw.dtype), device=raw.device)

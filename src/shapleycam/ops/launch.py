@@ -1,0 +1,100 @@
+"""Hands checked tensors to the compiled extension or to the Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError, InputError
+from .contract import DTYPES, POOLINGS
+from .ladder import kernels_module, native_module
+
+# Order of the enum shapleycam_dtype in csrc/include/shapleycam.h.
+_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+assert set(_CODES) == set(DTYPES)
+
+Described = tuple[int, int, int, int, int]
+
+
+def _describe(tensor: Tensor) -> Described:
+    """(address, dtype, strides) of an [N, C, S] view."""
+    return (tensor.data_ptr(), _CODES[tensor.dtype], *tensor.stride())
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _raise(status: int, operator: str, *tensors: Tensor | None) -> None:
+    if status:
+        module = native_module()
+        said = "unknown" if isinstance(module, ImportError) else module.status_text(status)
+        shapes = [(tuple(t.shape), str(t.dtype)) for t in tensors if t is not None]
+        raise BackendError(f"{operator} failed in the compiled extension: {said} (status {status}) for {shapes}.")
+
+
+def weighted_reduce(
+    served: str, activations: Tensor, gradient: Tensor, hvp: Tensor | None, pooling: str, out: Tensor
+) -> None:
+    """Fill ``out`` [N, S]."""
+    if served == "triton":
+        kernels = kernels_module()
+        assert not isinstance(kernels, ImportError)
+        kernels.weighted_reduce(activations, gradient, hvp, pooling, out)
+        return
+    module = native_module()
+    assert not isinstance(module, ImportError)
+    described = (_describe(activations), _describe(gradient), None if hvp is None else _describe(hvp))
+    row = POOLINGS.index(pooling)
+    n, c, s = activations.shape
+    if served == "cuda":
+        with torch.cuda.device(activations.device):
+            size = module.weighted_reduce_workspace_cuda(n, c, s, row)
+            space = torch.empty(size, dtype=torch.uint8, device=activations.device)
+            status = module.weighted_reduce_cuda(
+                *described, n, c, s, row, out.data_ptr(), _CODES[out.dtype], space.data_ptr(), size, _stream(activations)
+            )
+    else:
+        threads = torch.get_num_threads()
+        size = module.weighted_reduce_workspace_cpu(n, c, s, row)
+        space = torch.empty(size, dtype=torch.uint8)
+        status = module.weighted_reduce_cpu(
+            *described, n, c, s, row, out.data_ptr(), _CODES[out.dtype], space.data_ptr(), size, threads
+        )
+    _raise(status, f"weighted_reduce ({pooling})", activations, gradient, hvp)
+
+
+def channel_weighted_sum(served: str, activations: Tensor, alpha: Tensor, out: Tensor) -> None:
+    """Fill ``out`` [N, M, S]."""
+    if served == "triton":
+        kernels = kernels_module()
+        assert not isinstance(kernels, ImportError)
+        kernels.channel_weighted_sum(activations, alpha, out)
+        return
+    module = native_module()
+    assert not isinstance(module, ImportError)
+    n, c, s = activations.shape
+    m = alpha.shape[1]
+    alpha = alpha.to(out.dtype).contiguous()
+    if served == "cuda":
+        with torch.cuda.device(activations.device):
+            size = module.channel_weighted_sum_workspace_cuda(n, c, s, m)
+            space = torch.empty(size, dtype=torch.uint8, device=activations.device)
+            status = module.channel_weighted_sum_cuda(
+                _describe(activations), alpha.data_ptr(), n, c, s, m, out.data_ptr(), _CODES[out.dtype], space.data_ptr(),
+                size, _stream(activations),
+            )  # fmt: skip
+    else:
+        threads = torch.get_num_threads()
+        size = module.channel_weighted_sum_workspace_cpu(n, c, s, m)
+        space = torch.empty(size, dtype=torch.uint8)
+        status = module.channel_weighted_sum_cpu(
+            _describe(activations), alpha.data_ptr(), n, c, s, m, out.data_ptr(), _CODES[out.dtype], space.data_ptr(), size,
+            threads,
+        )  # fmt: skip
+    _raise(status, "channel_weighted_sum", activations, alpha)
+
+
+def display_map(served: str, raw: Tensor, renormalize: bool, out: Tensor) -> None:
+    """Fill ``out`` [N, *size]."""
+    raise InputError(f"display_map has no {served} kernel.")  # the ladder never sends one here

@@ -1,0 +1,67 @@
+"""Registration with torch.library: one operator per function, with the ladder inside it.
+
+One opaque operator and not a ``triton_op``: there is nothing around these kernels left to fuse, and the interpreter, opcheck
+and export all work with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import contract, launch, reference
+from .ladder import select
+
+# torch.library reads these signatures: Optional and int lists are spelt the way its schema inference knows.
+# ruff: noqa: UP045
+
+
+@torch.library.custom_op("shapleycam::weighted_reduce", mutates_args=())
+def weighted_reduce(activations: Tensor, gradient: Tensor, hvp: Optional[Tensor], pooling: str, backend: str) -> Tensor:
+    served = select("weighted_reduce", activations, pooling=pooling, backend=backend)
+    if served == "torch":
+        return reference.weighted_reduce(activations, gradient, hvp, pooling)
+    out = contract.empty_reduced(activations)
+    if out.numel():
+        launch.weighted_reduce(served, activations, gradient, hvp, pooling, out)
+    return out
+
+
+@weighted_reduce.register_fake
+def _(activations: Tensor, gradient: Tensor, hvp: Optional[Tensor], pooling: str, backend: str) -> Tensor:
+    return contract.empty_reduced(activations)
+
+
+@torch.library.custom_op("shapleycam::channel_weighted_sum", mutates_args=())
+def channel_weighted_sum(activations: Tensor, alpha: Tensor, backend: str) -> Tensor:
+    served = select("channel_weighted_sum", activations, backend=backend)
+    if served == "torch":
+        return reference.channel_weighted_sum(activations, alpha)
+    out = contract.empty_summed(activations, alpha)
+    if out.numel():
+        launch.channel_weighted_sum(served, activations, alpha, out)
+    return out
+
+
+@channel_weighted_sum.register_fake
+def _(activations: Tensor, alpha: Tensor, backend: str) -> Tensor:
+    return contract.empty_summed(activations, alpha)
+
+
+@torch.library.custom_op("shapleycam::display_map", mutates_args=())
+def display_map(raw: Tensor, size: Sequence[int], renormalize: bool, backend: str) -> Tensor:
+    served = select("display_map", raw, backend=backend)
+    if served == "torch":
+        return reference.display_map(raw, size, renormalize)
+    out = contract.empty_display(raw, size)
+    if out.numel():
+        launch.display_map(served, raw, renormalize, out)
+    return out
+
+
+@display_map.register_fake
+def _(raw: Tensor, size: Sequence[int], renormalize: bool, backend: str) -> Tensor:
+    return contract.empty_display(raw, size)

@@ -1,0 +1,89 @@
+"""The operators in plain PyTorch: the oracle of the tests, the last rung of the ladder, and what exports trace.
+
+Every function here takes checked arguments and computes in float32 (float64 for float64 activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS_DISPLAY = 1e-7  # of the min-max in the display form
+EPS_ACTIVATION = 1e-7  # of the rows "activation" (XGradCAM, ShapleyCAM-X)
+EPS_PLUSPLUS = 1e-6  # of GradCAM++
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over activations of ``dtype`` are kept, and in which maps are returned."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weighted_reduce(activations: Tensor, gradient: Tensor, hvp: Tensor | None, pooling: str) -> Tensor:
+    """The signed map [N, S] of one method row; see :func:`shapleycam.ops.weighted_reduce`."""
+    wide = accumulator(activations.dtype)
+    a = activations.to(wide)
+    w = gradient.to(wide)
+    if hvp is not None:
+        w = w - hvp.to(wide) / 2
+    if pooling == "mean":
+        weight = w.mean(2, keepdim=True)
+    elif pooling == "elementwise":
+        weight = w
+    elif pooling == "elementwise_relu":
+        # clamp and relu keep NaN; a comparison would not
+        return (w * a).clamp_min(0).sum(1)
+    elif pooling == "activation":
+        weight = (w * a).sum(2, keepdim=True) / (a.sum(2, keepdim=True) + EPS_ACTIVATION)
+    elif pooling == "positive_gradient":
+        weight = w.clamp_min(0)
+    else:
+        square = w * w
+        ratio = square / (2 * square + square * w * a.sum(2, keepdim=True) + EPS_PLUSPLUS)
+        weight = torch.where(w != 0, w.clamp_min(0) * ratio, torch.zeros_like(w)).sum(2, keepdim=True)
+    return (weight * a).sum(1)
+
+
+def channel_weighted_sum(activations: Tensor, alpha: Tensor) -> Tensor:
+    """``sum_c alpha[n, m, c] activations[n, c, s]``, [N, M, S]."""
+    wide = accumulator(activations.dtype)
+    return torch.matmul(alpha.to(wide), activations.to(wide))
+
+
+def _unit(maps: Tensor) -> Tensor:
+    dims = tuple(range(1, maps.ndim))
+    maps = maps - maps.amin(dims, keepdim=True)
+    return maps / (EPS_DISPLAY + maps.amax(dims, keepdim=True))
+
+
+def display_map(raw: Tensor, size: Sequence[int], renormalize: bool) -> Tensor:
+    """ReLU, min-max, half-pixel linear resize, min-max; see :func:`shapleycam.ops.display_map`."""
+    if raw.shape[0] == 0:
+        return raw.new_empty((0, *size), dtype=accumulator(raw.dtype))
+    maps = _unit(raw.to(accumulator(raw.dtype)).clamp_min(0))
+    if tuple(size) != tuple(maps.shape[1:]):
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[maps.ndim - 1]
+        maps = F.interpolate(maps[:, None], tuple(size), mode=mode, align_corners=False)[:, 0]
+    return _unit(maps) if renormalize else maps
+
+
+def overlay(
+    images: Tensor, heatmaps: Tensor, table: Tensor, alpha: float, mean: Tensor | None, std: Tensor | None
+) -> Tensor:
+    """Colour the heatmaps by ``table`` uint8 [256, 3] and blend; see :func:`shapleycam.ops.overlay`."""
+    base = images.to(torch.float32)
+    if images.dtype == torch.uint8:
+        base = base / 255
+    if mean is not None and std is not None:
+        base = base * std.view(1, 3, 1, 1) + mean.view(1, 3, 1, 1)
+    base = base.clamp(0, 1).movedim(1, -1)  # [N, H, W, 3]
+    heat = heatmaps.to(torch.float32)
+    known = torch.isfinite(heat)
+    index = (heat.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().long()
+    colour = table[index].to(torch.float32) / 255
+    mixed = ((1 - alpha) * base + alpha * colour) * 255
+    drawn = mixed.nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
+    magenta = torch.tensor((255, 0, 255), dtype=torch.uint8, device=drawn.device)
+    return torch.where(known[..., None], drawn, magenta)
