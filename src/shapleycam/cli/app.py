@@ -1,0 +1,148 @@
+"""The commands and their options; what they do stands in explain.py, demo.py and info.py."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    help="Shapley-value-based class activation maps (arXiv 2501.06261).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Progress, warnings and errors; standard output carries the results alone.
+_stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status; errors made on purpose become one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            status: Any = app(arguments, prog_name="shapleycam", standalone_mode=False)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            return 141
+        except Exception as error:
+            status = _status_of(error)
+    return status if isinstance(status, int) else 0
+
+
+def _status_of(error: Exception) -> int:
+    """Print a known error as one line and return its exit status; raise an unknown one, whose traceback is wanted."""
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click or typer's own copy of it
+        error.show()
+        return int(error.exit_code)
+    if type(error).__name__ == "Abort":
+        return 130
+    from ..errors import ShapleyCamError
+
+    if isinstance(error, (ShapleyCamError, OSError)):
+        _stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+        return 2
+    raise error
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    from ..errors import ShapleyCamWarning
+
+    where = "" if issubclass(category, ShapleyCamWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    _stderr.print(f"[yellow]warning:[/] {escape(where + str(message))}")
+
+
+Model = Annotated[
+    str, typer.Option(help="efficientnet-lite0, or a torchvision or timm name (timm/NAME picks the library).")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Backend = Annotated[str, typer.Option(help="auto, cuda, triton, native or torch; an explicit choice never falls back.")]
+Out = Annotated[Path, typer.Option(help="Folder for the pictures; made if it is missing.")]
+
+
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    model: Model = "efficientnet-lite0",
+    weights: Annotated[
+        str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
+    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    engine: Annotated[str, typer.Option(help="Derivative engine: auto, closed_form, reverse_over_reverse, …")] = "auto",
+    backend: Backend = "auto",
+    target: Annotated[
+        str | None, typer.Option(help="Class to explain, by index or name; the predicted one otherwise.")
+    ] = None,
+    topk: Annotated[int, typer.Option(min=1, help="Explain the k most probable classes.")] = 1,
+    device: Device = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time: 8 on an accelerator, 1 on a CPU.")
+    ] = None,
+    colormap: Annotated[str, typer.Option(help="jet, turbo, viridis or magma.")] = "jet",
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of the heatmap in the overlay.")] = 0.5,
+    out: Out = Path("shapleycam-out"),
+) -> int:
+    """Explain what a network saw in IMAGES: a table, and an overlay (PNG) per image and class.
+
+    A file that cannot be read gets a row that says why, the others are still done, and the exit status is 1.
+    """
+    from .explain import Options, explain_files
+
+    options = Options(
+        model=model,
+        weights=weights,
+        classes=classes,
+        layer=tuple(layer) if layer else "auto",
+        method=method,
+        utility=utility,
+        engine=engine,
+        backend=backend,
+        target=target,
+        topk=topk,
+        device=device,
+        batch_size=batch_size,
+        colormap=colormap,
+        alpha=alpha,
+        out=out,
+    )
+    return explain_files(images, options, _results(), _stderr)
+
+
+@app.command()
+def demo(out: Out = Path("shapleycam-demo"), device: Device = "auto", backend: Backend = "auto") -> int:
+    """Explain photographs that come with scikit-image, with a trained network from PyPI; nothing is downloaded."""
+    from .demo import run_demo
+
+    return run_demo(out, device, backend, _results(), _stderr)
+
+
+@app.command()
+def info() -> int:
+    """Show versions, devices and backends, and why a backend is missing."""
+    from .info import show_info
+
+    return show_info(_results())
+
+
+def _results() -> Console:
+    """Standard output; made per command, and wide where nobody looks, so that piped tables are not cut."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=4096)
