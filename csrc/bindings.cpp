@@ -1,0 +1,77 @@
+// shapleycam._native: the C ABI for Python. Takes addresses and strides, knows nothing of PyTorch, and releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "include/shapleycam.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Described = std::tuple<uintptr_t, int32_t, int64_t, int64_t, int64_t>;
+
+shapleycam_view view_of(const Described& d) {
+  return {reinterpret_cast<const void*>(std::get<0>(d)), std::get<1>(d), std::get<2>(d), std::get<3>(d), std::get<4>(d)};
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+int32_t reduce_cpu(const Described& a, const Described& g, const std::optional<Described>& h, int64_t n, int64_t c, int64_t s,
+                   int32_t pooling, uintptr_t out, int32_t out_dtype, uintptr_t workspace, size_t size, int32_t threads) {
+  const shapleycam_view va = view_of(a), vg = view_of(g), vh = h ? view_of(*h) : shapleycam_view{};
+  const py::gil_scoped_release release;
+  return shapleycam_weighted_reduce_cpu(&va, &vg, h ? &vh : nullptr, n, c, s, pooling, pointer(out), out_dtype,
+                                        pointer(workspace), size, threads);
+}
+
+int32_t reduce_cuda(const Described& a, const Described& g, const std::optional<Described>& h, int64_t n, int64_t c, int64_t s,
+                    int32_t pooling, uintptr_t out, int32_t out_dtype, uintptr_t workspace, size_t size, uintptr_t stream) {
+  const shapleycam_view va = view_of(a), vg = view_of(g), vh = h ? view_of(*h) : shapleycam_view{};
+  const py::gil_scoped_release release;
+  return shapleycam_weighted_reduce_cuda(&va, &vg, h ? &vh : nullptr, n, c, s, pooling, pointer(out), out_dtype,
+                                         pointer(workspace), size, pointer(stream));
+}
+
+int32_t sum_cpu(const Described& a, uintptr_t alpha, int64_t n, int64_t c, int64_t s, int64_t m, uintptr_t out,
+                int32_t out_dtype, uintptr_t workspace, size_t size, int32_t threads) {
+  const shapleycam_view va = view_of(a);
+  const py::gil_scoped_release release;
+  return shapleycam_channel_weighted_sum_cpu(&va, pointer(alpha), n, c, s, m, pointer(out), out_dtype, pointer(workspace), size,
+                                             threads);
+}
+
+int32_t sum_cuda(const Described& a, uintptr_t alpha, int64_t n, int64_t c, int64_t s, int64_t m, uintptr_t out,
+                 int32_t out_dtype, uintptr_t workspace, size_t size, uintptr_t stream) {
+  const shapleycam_view va = view_of(a);
+  const py::gil_scoped_release release;
+  return shapleycam_channel_weighted_sum_cuda(&va, pointer(alpha), n, c, s, m, pointer(out), out_dtype, pointer(workspace),
+                                              size, pointer(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  const std::vector<const char*> operators = {"weighted_reduce", "channel_weighted_sum"};
+  module.attr("cpu_operators") = operators;
+#if defined(SHAPLEYCAM_WITH_CUDA)
+  module.attr("has_cuda") = true;
+  module.attr("cuda_operators") = operators;
+#else
+  module.attr("has_cuda") = false;
+  module.attr("cuda_operators") = std::vector<const char*>{};
+#endif
+  module.def("status_text", &shapleycam_status_text);
+  module.def("cpu_variant", &shapleycam_cpu_variant);
+  module.def("weighted_reduce_workspace_cpu", &shapleycam_weighted_reduce_workspace_cpu);
+  module.def("weighted_reduce_cpu", &reduce_cpu);
+  module.def("channel_weighted_sum_workspace_cpu", &shapleycam_channel_weighted_sum_workspace_cpu);
+  module.def("channel_weighted_sum_cpu", &sum_cpu);
+  module.def("weighted_reduce_workspace_cuda", &shapleycam_weighted_reduce_workspace_cuda);
+  module.def("weighted_reduce_cuda", &reduce_cuda);
+  module.def("channel_weighted_sum_workspace_cuda", &shapleycam_channel_weighted_sum_workspace_cuda);
+  module.def("channel_weighted_sum_cuda", &sum_cuda);
+}

@@ -1,0 +1,10 @@
+// The rows compiled for avx512; see the flags in CMakeLists.txt.
+#include "task.h"
+
+#define SHAPLEYCAM_ARCH avx512
+#define SHAPLEYCAM_ARCH_NAME "avx512"
+#include "rows.inl"
+
+namespace shapleycam {
+const Kernels& avx512_kernels() { return avx512::kKernels; }
+}  // namespace shapleycam

@@ -1,0 +1,42 @@
+// What one worker does: the partial map of a chunk of channels of one image.
+#pragma once
+
+#include "../include/shapleycam.h"
+
+namespace shapleycam {
+
+// Everything a task needs beyond this lives on its stack; a chunk never has more channels than this.
+constexpr int64_t kBlock = 1024;
+
+struct ReduceTask {
+  shapleycam_view a, g, h;  // h.data is null where there is no Hessian-vector product
+  int64_t image, first, channels, positions;
+  int32_t pooling;
+  void* out;  // [positions], of the accumulation type; overwritten
+};
+
+struct SumTask {
+  shapleycam_view a;
+  const void* alpha;  // of the image and chunk: row m starts at alpha + m * alpha_stride
+  int64_t alpha_stride;
+  int64_t image, first, channels, positions, rows;
+  void* out;  // row m starts at out + m * out_stride
+  int64_t out_stride;
+};
+
+// One set per instruction set: rows.inl is compiled once for each.
+struct Kernels {
+  const char* name;
+  void (*reduce_f32)(const ReduceTask&);
+  void (*reduce_f64)(const ReduceTask&);
+  void (*sum_f32)(const SumTask&);
+  void (*sum_f64)(const SumTask&);
+  void (*add_f32)(void* out, const void* parts, int64_t count, int64_t parts_count, int64_t stride);
+  void (*add_f64)(void* out, const void* parts, int64_t count, int64_t parts_count, int64_t stride);
+};
+
+const Kernels& baseline_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+}  // namespace shapleycam

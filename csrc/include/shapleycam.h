@@ -1,0 +1,108 @@
+/* shapleycam: fused operators for class activation maps, as a plain C ABI.
+ *
+ * No PyTorch, no Python, no exceptions across this boundary, and no allocation inside: the caller passes a workspace whose
+ * size a query function tells (starting a thread aside). Every function returns a shapleycam_status; nothing is written unless
+ * it is SHAPLEYCAM_OK.
+ *
+ * All tensors are strided views [N, C, S] (images, channels, positions); strides count elements and may be zero (an expanded
+ * tensor). Any strides are correct; unit stride on S (channels first) or on C (channels last, tokens) is fast. Sums are kept
+ * in float32, or in float64 where the activations are float64; the result has that type. NaN propagates.
+ * Results are deterministic: they do not depend on the number of threads.
+ */
+#ifndef SHAPLEYCAM_H
+#define SHAPLEYCAM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define SHAPLEYCAM_API __declspec(dllexport)
+#else
+#define SHAPLEYCAM_API __attribute__((visibility("default")))
+#endif
+
+typedef enum shapleycam_status {
+  SHAPLEYCAM_OK = 0,
+  SHAPLEYCAM_NULL_POINTER = 1,    /* a required pointer is null */
+  SHAPLEYCAM_BAD_SHAPE = 2,       /* a size is negative, or C or S is zero, or the element count overflows */
+  SHAPLEYCAM_BAD_DTYPE = 3,       /* an unknown dtype, or an output that is not the accumulation type */
+  SHAPLEYCAM_BAD_POOLING = 4,     /* an unknown row */
+  SHAPLEYCAM_SMALL_WORKSPACE = 5, /* the workspace is smaller than the query said */
+  SHAPLEYCAM_BAD_ALIGNMENT = 6,   /* a pointer is not aligned to its element, or the workspace not to 16 bytes */
+  SHAPLEYCAM_UNSUPPORTED = 7,     /* this build does not implement the call */
+  SHAPLEYCAM_LAUNCH_FAILED = 8    /* CUDA refused the launch; see cudaGetLastError in the caller's context */
+} shapleycam_status;
+
+typedef enum shapleycam_dtype {
+  SHAPLEYCAM_FLOAT32 = 0,
+  SHAPLEYCAM_FLOAT64 = 1,
+  SHAPLEYCAM_FLOAT16 = 2,
+  SHAPLEYCAM_BFLOAT16 = 3
+} shapleycam_dtype;
+
+/* Rows of the method table; w = gradient - hvp / 2, or w = gradient where hvp is null. */
+typedef enum shapleycam_pooling {
+  SHAPLEYCAM_MEAN = 0,              /* sum_c mean_s(w) A */
+  SHAPLEYCAM_ELEMENTWISE = 1,       /* sum_c w A */
+  SHAPLEYCAM_ELEMENTWISE_RELU = 2,  /* sum_c max(w A, 0) */
+  SHAPLEYCAM_ACTIVATION = 3,        /* a_c = sum_s w A / (sum_s A + 1e-7); sum_c a_c A */
+  SHAPLEYCAM_POSITIVE_GRADIENT = 4, /* sum_c max(w, 0) A */
+  SHAPLEYCAM_PLUSPLUS = 5           /* a_c = sum_s max(w,0) w^2 / (2 w^2 + w^3 sum_s A + 1e-6), 0 where w = 0; sum_c a_c A */
+} shapleycam_pooling;
+
+/* A strided [N, C, S] view; the extents are passed once per call. */
+typedef struct shapleycam_view {
+  const void* data;
+  int32_t dtype; /* shapleycam_dtype */
+  int64_t stride_n;
+  int64_t stride_c;
+  int64_t stride_s;
+} shapleycam_view;
+
+/* What a status means, as a static string. */
+SHAPLEYCAM_API const char* shapleycam_status_text(int32_t status);
+
+/* The instruction set the CPU functions use on this machine: "avx512", "avx2", "neon" or "baseline". */
+SHAPLEYCAM_API const char* shapleycam_cpu_variant(void);
+
+/* The largest workspace that weighted_reduce needs for these extents, in bytes. */
+SHAPLEYCAM_API size_t shapleycam_weighted_reduce_workspace_cpu(int64_t n, int64_t c, int64_t s, int32_t pooling);
+
+/* out[n, s], contiguous, of the accumulation type; hvp may be null. At most `threads` threads, the caller's included. */
+SHAPLEYCAM_API int32_t shapleycam_weighted_reduce_cpu(const shapleycam_view* activations, const shapleycam_view* gradient,
+                                                      const shapleycam_view* hvp, int64_t n, int64_t c, int64_t s,
+                                                      int32_t pooling, void* out, int32_t out_dtype, void* workspace,
+                                                      size_t workspace_size, int32_t threads);
+
+SHAPLEYCAM_API size_t shapleycam_channel_weighted_sum_workspace_cpu(int64_t n, int64_t c, int64_t s, int64_t m);
+
+/* out[n, m, s] = sum_c alpha[n, m, c] activations[n, c, s]; alpha and out contiguous, of the accumulation type. */
+SHAPLEYCAM_API int32_t shapleycam_channel_weighted_sum_cpu(const shapleycam_view* activations, const void* alpha, int64_t n,
+                                                           int64_t c, int64_t s, int64_t m, void* out, int32_t out_dtype,
+                                                           void* workspace, size_t workspace_size, int32_t threads);
+
+/* The same on a CUDA device, ordered on `stream` (a cudaStream_t, null for the default one), without synchronisation and
+ * without allocation, so that a CUDA graph can capture the call. Pointers are device pointers on the current device. In a
+ * build without CUDA these return SHAPLEYCAM_UNSUPPORTED. */
+SHAPLEYCAM_API size_t shapleycam_weighted_reduce_workspace_cuda(int64_t n, int64_t c, int64_t s, int32_t pooling);
+
+SHAPLEYCAM_API int32_t shapleycam_weighted_reduce_cuda(const shapleycam_view* activations, const shapleycam_view* gradient,
+                                                       const shapleycam_view* hvp, int64_t n, int64_t c, int64_t s,
+                                                       int32_t pooling, void* out, int32_t out_dtype, void* workspace,
+                                                       size_t workspace_size, void* stream);
+
+SHAPLEYCAM_API size_t shapleycam_channel_weighted_sum_workspace_cuda(int64_t n, int64_t c, int64_t s, int64_t m);
+
+SHAPLEYCAM_API int32_t shapleycam_channel_weighted_sum_cuda(const shapleycam_view* activations, const void* alpha, int64_t n,
+                                                            int64_t c, int64_t s, int64_t m, void* out, int32_t out_dtype,
+                                                            void* workspace, size_t workspace_size, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* SHAPLEYCAM_H */
