@@ -97,8 +97,8 @@ def load_classifier(
 
     Args:
         name: see the module's text.
-        weights: a file with a state_dict (read with ``weights_only=True``, so it cannot run code; ``.safetensors``
-            too), or the name of one of torchvision's sets ("IMAGENET1K_V1"); None for the library's default, which it may
+        weights: a file with a state_dict (read with ``weights_only=True``, so it runs no code; ``.safetensors`` too),
+            or the name of one of torchvision's sets ("IMAGENET1K_V1"); None for the library's default, which it may
             download.
         classes: a text file with one class name a line, commas between synonyms.
         device: where the model goes.
@@ -320,7 +320,7 @@ def _read_state(file: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _fit(build: Any, state: Mapping[str, Tensor], label: Any) -> nn.Module:
-    """``build(None)`` with the state loaded; rebuilt for another number of classes where only the classifier differs."""
+    """``build(None)`` with the state loaded; rebuilt for another number of classes if only the classifier differs."""
     model: nn.Module = build(None)
     own = model.state_dict()
     odd = [key for key in own if key in state and own[key].shape != state[key].shape]

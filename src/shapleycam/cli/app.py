@@ -127,7 +127,7 @@ def explain(
 
 
 @app.command()
-def demo(out: Out = Path("shapleycam-demo"), device: Device = "auto", backend: Backend = "auto") -> int:
+def demo(out: Out = Path("shapleycam-out/demo"), device: Device = "auto", backend: Backend = "auto") -> int:
     """Explain photographs that come with scikit-image, with a trained network from PyPI; nothing is downloaded."""
     from .demo import run_demo
 

@@ -1,0 +1,51 @@
+# Every target works from a fresh clone: the virtual environment is made by the first one that needs it.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench picture ci clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Editable install with everything a developer needs, in $(VENV)
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## Explain five photographs; prints where the contact sheet is
+	$(BIN)/shapleycam demo
+
+test: $(STAMP)  ## The whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## What CI checks: ruff, ruff format, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(STAMP)  ## Rewrite the sources the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+bench: $(STAMP)  ## Explanation against forward pass and pytorch-grad-cam; writes bench/results/
+	$(BIN)/python -m pytest bench/test_explain.py
+
+picture: $(STAMP)  ## Make docs/pictures/demo.jpg again
+	$(BIN)/shapleycam demo --out shapleycam-out/picture
+	cp shapleycam-out/picture/contact-sheet.jpg docs/pictures/demo.jpg
+
+ci:  ## What a submission must pass, in environments of its own
+	bash .ci/run
+
+clean:  ## Remove what building and testing leave behind
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks shapleycam-out src/*.egg-info
+
+-include Makefile.kernels
