@@ -26,6 +26,7 @@ __all__ = [
     "display_map",
     "overlay",
     "select",
+    "table_of",
     "weighted_reduce",
 ]
 
