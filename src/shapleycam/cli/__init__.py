@@ -16,8 +16,9 @@ def main() -> None:
     try:
         from .app import run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        print(f"The command line needs {error.name}: pip install 'shapleycam[cli]'", file=sys.stderr)
+        print(f"The command line needs {package}: pip install 'shapleycam[cli]'", file=sys.stderr)
         sys.exit(2)
     sys.exit(run())

