@@ -1,82 +1,31 @@
 """The explainer: one road from images to maps.
 
-    images ── trunk (no gradients) ── A ── head (gradients only here) ── U ── derivative engine ── g, HA
-                                      │                                                            │
-                                      └───────────── ops.weighted_reduce ◄─────────────────────────┘
-                                                           │
-                                                       Explanation (heatmaps, overlay)
+images ── trunk (no gradients) ── A ── head (gradients only here) ── U ── derivative engine ── g, HA
+                                  │                                                            │
+                                  └───────────── ops.weighted_reduce ◄─────────────────────────┘
+                                                       │
+                                                   Explanation (heatmaps, overlay)
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .derivatives import (
-    ENGINES,
-    Derived,
-    HeadChanged,
-    Request,
-    Terms,
-    as_targets,
-    check_targets,
-    closed_form,
-    forward_over_reverse,
-    midpoint,
-    probe,
-    reverse_over_reverse,
-)
-from .errors import DerivativeError, InputError, ModelStateError, ShapleyCamWarning
+from .derivatives import ENGINES, Derived, HeadChanged, Terms
+from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
-from .layers import (
-    LayerSpec,
-    affine_error,
-    affine_tolerance,
-    check_stem,
-    final_linear,
-    find_layer,
-    named_layers,
-    survey,
-    token_facts,
-)
-from .layouts import Layout, resolve_layout
+from .layers import LayerSpec, check_stem, named_layers, token_facts
+from .layouts import Layout
 from .methods import Method, get_method
+from .plan import Plan, Wishes, derive, make_plan, warn
+from .targets import as_targets, check_targets
 from .utilities import Utility, UtilityFunction, get_utility
-
-_BACKENDS = ("cuda", "triton", "native", "torch")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an explainer learned about a model from its first images; it holds for every later call.
-
-    Attributes:
-        layers: (name, module) of the target layers.
-        engine: the derivative engine.
-        linear: the classifier, where the head was verified to be pool-and-linear.
-        head: in words, what the head is and how that is known.
-        copy: an operator behind the target layer writes into its output, so the head gets a copy.
-        classes: number of logits, if the model returns logits [N, K].
-        stem: the convolution that reads the images directly, if there is one; images are checked against it.
-        notes: warnings that were given.
-    """
-
-    layers: tuple[tuple[str, nn.Module], ...]
-    engine: str
-    linear: nn.Linear | None
-    head: str
-    copy: bool
-    classes: int | None
-    stem: nn.modules.conv._ConvNd | None
-    notes: tuple[str, ...] = ()
 
 
 class Explainer:
@@ -130,22 +79,23 @@ class Explainer:
         self.model = model
         self.method = get_method(method)
         self.utility = get_utility(utility)
-        if backend not in ("auto", *_BACKENDS):
-            raise InputError(f"Unknown backend {backend!r}: expected 'auto', {', '.join(map(repr, _BACKENDS))}.")
-        self.engine, self.backend, self.layout = engine, backend, layout
-        self._named = None if isinstance(layer, str) and layer == "auto" else tuple(named_layers(model, layer))
+        if backend not in ("auto", *ops.ORDER):
+            raise InputError(f"Unknown backend {backend!r}: expected 'auto', {', '.join(map(repr, ops.ORDER))}.")
+        self.engine, self.backend = engine, backend
+        named = None if isinstance(layer, str) and layer == "auto" else tuple(named_layers(model, layer))
+        self._wishes = Wishes(model, named, self.method, self.utility, engine, layout, token_facts(model))
         self._modal = tuple((name, module) for name, module in model.named_modules() if _depends_on_mode(module))
-        self._tokens = token_facts(model)
         self._plan: Plan | None = None
         self._lock = threading.RLock()
         self._seed = seed
         self._generator: torch.Generator | None = None
 
     def __repr__(self) -> str:
-        layers = [name for name, _ in self._plan.layers] if self._plan else [n for n, _ in self._named or ()] or "auto"
+        layers = [name for name, _ in self._plan.layers] if self._plan else [n for n, _ in self._wishes.layers or ()] or "auto"
+        engine = self._plan.engine if self._plan else self.engine
         return (
-            f"Explainer({type(self.model).__name__}, layer={layers}, method={self.method.name!r}, utility={self.utility.name!r}, "
-            f"engine={self._plan.engine if self._plan else self.engine!r}, backend={self.backend!r})"
+            f"Explainer({type(self.model).__name__}, layer={layers}, method={self.method.name!r}, "
+            f"utility={self.utility.name!r}, engine={engine!r}, backend={self.backend!r})"
         )
 
     # ------------------------------------------------------------------------------------------------- the road
@@ -173,13 +123,13 @@ class Explainer:
         plan = self._plan or self.prepare(images)
         with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
             try:
-                derived = self._derive(plan, self._request(plan, images, targets, with_gap))
+                derived = derive(plan, self._wishes.request(plan, images, targets, with_gap))
             except HeadChanged:
                 # The model was edited since the plan was made: look again, once.
                 with self._lock:
                     self._plan = None
                 plan = self.prepare(images)
-                derived = self._derive(plan, self._request(plan, images, targets, with_gap))
+                derived = derive(plan, self._wishes.request(plan, images, targets, with_gap))
             return self._finish(plan, derived, images, targets, with_norms, with_gap)
 
     def prepare(self, images: Tensor) -> Plan:
@@ -194,15 +144,8 @@ class Explainer:
             if self._plan is None:
                 self._check(images, None)
                 with torch.inference_mode(False):
-                    self._plan = self._study(images[:2].detach().clone())
+                    self._plan = make_plan(self._wishes, images[:2].detach().clone())
             return self._plan
-
-    def _derive(self, plan: Plan, request: Request) -> Derived:
-        if plan.engine == "closed_form" and request.order > 0:
-            assert plan.linear is not None
-            return closed_form(request, plan.linear)
-        engine = {"forward_over_reverse": forward_over_reverse, "midpoint": midpoint}.get(plan.engine, reverse_over_reverse)
-        return engine(request)
 
     def _finish(
         self, plan: Plan, derived: Derived, images: Tensor, targets: Any, with_norms: bool, with_gap: bool
@@ -242,7 +185,7 @@ class Explainer:
         )
         if images.device.type == "cpu" and not bool(explanation.finite.all()):
             wrong = (~explanation.finite).nonzero().flatten().tolist()
-            _warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
+            warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
         return explanation
 
     def _reduce(self, term: Terms, classes: int) -> tuple[Tensor, str]:
@@ -274,92 +217,19 @@ class Explainer:
             shape = (activations.shape[0], classes, activations.shape[1])
             return torch.rand(shape, generator=self._generator, device=activations.device) * 2 - 1
 
-    # ------------------------------------------------------------------------------------------------ the study
-
-    def _request(self, plan: Plan, images: Tensor, targets: Any, baseline: bool) -> Request:
-        if baseline and self.method.order == 0:
-            raise InputError(f"Method {self.method.name!r} has no derivatives, so it has no completeness gap.")
-        if baseline and len(plan.layers) > 1:
-            raise InputError("The completeness gap is defined for one target layer; ask for it with a single layer.")
-        return Request(
-            self.model, plan.layers, self._layout, self.utility, images, targets, self.method.order, plan.copy, baseline
-        )
-
-    def _layout(self, name: str, module: nn.Module, activations: Tensor, images: Tensor) -> Layout:
-        prefix, patch = self._tokens
-        return resolve_layout(
-            activations.shape, images.shape, name=name, wanted=self.layout, module=module, prefix=prefix, patch=patch
-        )
-
-    def _study(self, images: Tensor) -> Plan:
-        seen = survey(self.model, images, gradients=self._named is None)
-        layers = self._named
-        if layers is None:
-            layers = (find_layer(self.model, seen, images.shape, self.utility, self.layout),)
-        linear, reason = final_linear(seen, layers) if len(layers) == 1 else (None, "there are several target layers")
-        classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
-        plan = Plan(tuple(layers), self.engine, None, reason, False, classes, seen.stem)
-        del seen
-        plan = self._study_head(plan, images, linear)
-        return self._choose_engine(plan, images)
-
-    def _study_head(self, plan: Plan, images: Tensor, linear: nn.Linear | None) -> Plan:
-        """Is the head pool-and-linear, and does it write into the target layer's output?"""
-        request = self._request(plan, images, None, False)
-        if linear is not None:
-            view, logits, _ = probe(request, linear)
-            error = affine_error(linear, view, logits)
-            if error <= affine_tolerance(view.dtype):
-                plan = replace(plan, linear=linear, head=f"pool and linear, verified to {error:.1e}")
-            else:
-                plan = replace(plan, head=f"not pool and linear (relative error {error:.1e} on random activations)")
-        with request.capture(gradients=False, replace=lambda _, found: found.clone()) as capture:
-            capture.run(images)
-            written = any(site.mutated for site in capture.sites)
-        return replace(plan, copy=written)
-
-    def _choose_engine(self, plan: Plan, images: Tensor) -> Plan:
-        if self.engine == "closed_form" and plan.linear is None:
-            raise DerivativeError(f"engine='closed_form' needs a pool-and-linear head, but {plan.head}. Use engine='auto'.")
-        if self.engine in ("auto", "closed_form") and plan.linear is not None:
-            plan = replace(plan, engine="closed_form")
-        elif self.engine == "auto":
-            plan = replace(plan, engine="reverse_over_reverse")
-        if self.method.order < 2:
-            return plan
-        try:
-            trial = self._derive(plan, replace(self._request(plan, images, None, False), trial=True))
-        except DerivativeError as first:
-            if self.engine != "auto":
-                raise
-            plan = replace(plan, engine="forward_over_reverse")
-            try:
-                trial = self._derive(plan, replace(self._request(plan, images, None, False), trial=True))
-            except DerivativeError:
-                raise first from None
-        if self.utility.name == "logit" or not self.utility.named:
-            flat = all(h is None or not bool(h.any()) for term in trial.terms for h in term.hvps)
-            alive = any(bool(g.any()) for term in trial.terms for g in term.gradients)
-            if flat and alive:
-                note = (
-                    f"The Hessian term is zero: utility {self.utility.name!r} over this head is piecewise linear in the "
-                    f"activations, so {self.method.title} equals its first-order counterpart. Use utility='rest'."
-                )
-                _warn(note)
-                plan = replace(plan, notes=(*plan.notes, note))
-        return plan
-
     def _check(self, images: Any, targets: Any) -> None:
         plan = self._plan
         if not isinstance(images, Tensor):
-            raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}. Use torch.from_numpy or torch.stack.")
+            raise InputError(
+                f"images must be a torch.Tensor, got {type(images).__name__}. Use torch.from_numpy or torch.stack."
+            )
         if not images.is_floating_point():
             raise InputError(
                 f"images must be floating and normalised as the model expects, got {images.dtype}. For 0..255 pixels: "
                 "images.float() / 255, then subtract the mean and divide by the standard deviation."
             )
         if images.ndim < 3:
-            raise InputError(f"images must have a batch, a channel and spatial dimensions, got shape {tuple(images.shape)}.")
+            raise InputError(f"images must be [N, channels, *spatial], got shape {tuple(images.shape)}.")
         if images.numel() == 0:
             raise InputError(f"images is an empty batch, shape {tuple(images.shape)}: pass at least one image.")
         if plan is not None and plan.stem is not None:
@@ -368,8 +238,8 @@ class Explainer:
         training = [name or type(module).__name__ for name, module in self._modal if module.training]
         if training:
             raise ModelStateError(
-                f"The model is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}): batch norm and "
-                "dropout would make the maps wrong. Call model.eval() first; the explainer leaves the mode to you."
+                f"The model is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}): batch norm "
+                "and dropout would make the maps wrong. Call model.eval() first; the explainer leaves the mode to you."
             )
 
 
@@ -380,14 +250,6 @@ def _depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase)) or (
         isinstance(module, nn.MultiheadAttention) and module.dropout > 0
     )
-
-
-def _warn(message: str) -> None:
-    # Point at the caller's line, not into the package.
-    depth, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("shapleycam"):
-        depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, ShapleyCamWarning, stacklevel=depth)
 
 
 def _norm_ratio(terms: Sequence[Terms]) -> Tensor:
@@ -414,4 +276,3 @@ def _gap(derived: Derived) -> Tensor:
         w = g if h is None else g - h / 2
         explained.append((term.activations * w).flatten(1).sum(1, dtype=derived.value.dtype))
     return derived.value - derived.baseline - torch.stack(explained, 1)
-

@@ -71,7 +71,9 @@ class Explanation:
             InputError: there are several target layers; use ``raws``.
         """
         if len(self.raws) != 1:
-            raise InputError(f"There are maps of {len(self.raws)} layers {list(self.diagnostics.layers)}: use .raws or .heatmaps().")
+            raise InputError(
+                f"There are maps of {len(self.raws)} layers {list(self.diagnostics.layers)}: use .raws or .heatmaps()."
+            )
         return self.raws[0]
 
     @property
@@ -104,12 +106,12 @@ class Explanation:
         if wrong:
             raise InputError(
                 f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations of "
-                f"{', '.join(self.diagnostics.layers)}, or a target out of range. Check the preprocessing and the model's dtype."
+                f"{', '.join(self.diagnostics.layers)}, or a target out of range. Check preprocessing and dtype."
             )
         return self
 
     def heatmaps(self, size: Sequence[int] | int | None = None) -> Tensor:
-        """The display form: ReLU, min-max, resize, mean over the target layers, min-max (arXiv 2501.06261 and its code).
+        """The display form: ReLU, min-max, resize, mean over layers, min-max (arXiv 2501.06261).
 
         Args:
             size: spatial size of the result; None for the images' own, an int for all dimensions alike.

@@ -112,9 +112,7 @@ class Preprocess:
         else:
             size = (self.resize[1], self.resize[0])
         if size[0] < self.crop[1] or size[1] < self.crop[0]:
-            raise InputError(
-                f"A resize to {size[0]} × {size[1]} is smaller than the crop of {self.crop[1]} × {self.crop[0]}."
-            )
+            raise InputError(f"A resize to {size[0]} × {size[1]} is smaller than the crop of {self.crop[1]} × {self.crop[0]}.")
         resized = picture.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = round((size[0] - self.crop[1]) / 2), round((size[1] - self.crop[0]) / 2)
         return to_tensor(resized.crop((left, top, left + self.crop[1], top + self.crop[0])))

@@ -106,7 +106,8 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
                 stack.callback(module.register_forward_hook(after(name)).remove)
         except RuntimeError as error:
             raise ModelStateError(
-                f"{type(model).__name__} has a part that does not accept hooks ({error}). Pass the original model, not a scripted one."
+                f"{type(model).__name__} has a part that does not accept hooks ({error}). Pass the original model, "
+                "not a scripted one."
             ) from error
         found.outputs = model(watched)
     found.logits = logits_of(found.outputs)
@@ -173,7 +174,12 @@ def _by_name(modules: dict[str, nn.Module], spec: str) -> tuple[str, nn.Module]:
     module, name = modules[""], ""
     for part in parts:
         children = dict(module.named_children())
-        if part.lstrip("-").isdigit() and part not in children and -len(children) <= int(part) < len(children) and str(int(part)) == part:
+        if (
+            part.lstrip("-").isdigit()
+            and part not in children
+            and -len(children) <= int(part) < len(children)
+            and str(int(part)) == part
+        ):
             part = list(children)[int(part)]
         if part not in children:
             near = difflib.get_close_matches(dotted, modules, n=4, cutoff=0.5) or [n for n in modules if n][-4:]
@@ -294,10 +300,9 @@ def affine_error(linear: nn.Linear, view: Tensor, logits: Tensor) -> float:
         actual = actual - linear.bias.detach().double()
     if actual.shape != predicted.shape:
         return float("inf")
-    return ((actual - predicted).norm() / predicted.norm().clamp_min(1e-300)).item()
+    return float((actual - predicted).norm() / predicted.norm().clamp_min(1e-300))
 
 
 def affine_tolerance(dtype: torch.dtype) -> float:
     """The relative error up to which a head counts as pool-and-linear; float32 leaves room for TF32 products."""
     return _TOLERANCE.get(dtype, 1e-3)
-

@@ -192,7 +192,7 @@ def _channels_agree(module: nn.Module | None, channels: int) -> bool:
         if isinstance(part, nn.modules.conv._ConvNd):
             said = part.out_channels
         elif isinstance(part, _NORMS):
-            said = part.num_channels if isinstance(part, nn.GroupNorm) else part.num_features
+            said = part.num_channels if isinstance(part, nn.GroupNorm) else int(part.num_features)  # type: ignore[arg-type]
         elif isinstance(part, nn.LayerNorm):
             said = int(part.normalized_shape[-1])
         elif isinstance(part, nn.Linear):

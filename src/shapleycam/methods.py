@@ -53,7 +53,11 @@ _ROWS = (
     Method("xgradcam", "XGradCAM", 1, "activation", "α_c = Σ_s g·A / (Σ_s A + 1e-7); Σ_c α_c·A"),
     Method("layercam", "LayerCAM", 1, "positive_gradient", "Σ_c max(g, 0)·A"),
     Method(
-        "gradcam++", "GradCAM++", 1, "plusplus", "α_c = Σ_s max(g, 0)·g² / (2g² + g³·Σ_s A + 1e-6), 0 where g = 0; Σ_c α_c·A"
+        "gradcam++",
+        "GradCAM++",
+        1,
+        "plusplus",
+        "α_c = Σ_s max(g, 0)·g² / (2g² + g³·Σ_s A + 1e-6), 0 where g = 0; Σ_c α_c·A",
     ),
     Method("randomcam", "RandomCAM", 0, "random", "α_c ~ Uniform(-1, 1), seeded; Σ_c α_c·A"),
 )

@@ -63,9 +63,7 @@ class Classifier:
         if wanted.lstrip("-").isdecimal():
             index = int(wanted)
             if self.classes and not 0 <= index < len(self.classes):
-                raise TargetError(
-                    f"Class {index} is out of range: {self.name} has classes 0 to {len(self.classes) - 1}."
-                )
+                raise TargetError(f"Class {index} is out of range: {self.name} has classes 0 to {len(self.classes) - 1}.")
             return index
         if not self.classes:
             raise TargetError(
@@ -75,13 +73,9 @@ class Classifier:
         if len(hits) == 1:
             return hits[0]
         if hits:
-            raise TargetError(
-                f"{text!r} names {len(hits)} classes: {', '.join(map(str, hits))}. Give one of these indices."
-            )
+            raise TargetError(f"{text!r} names {len(hits)} classes: {', '.join(map(str, hits))}. Give one of these indices.")
         known = {name.lower(): (i, name) for i, names in enumerate(self.classes) for name in names}
-        near = (
-            difflib.get_close_matches(wanted, known, n=3, cutoff=0.5) or [name for name in known if wanted in name][:3]
-        )
+        near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5) or [name for name in known if wanted in name][:3]
         hint = f" Nearest: {', '.join(f'{known[n][1]!r} ({known[n][0]})' for n in near)}." if near else ""
         raise TargetError(f"{self.name} has no class {text!r}.{hint}")
 
@@ -206,9 +200,7 @@ def _torchvision_preprocess(chosen: Any) -> Preprocess:
     if not hasattr(recipe, "crop_size"):
         raise InputError(f"{chosen} is not an image classifier.")
     [crop], [resize] = recipe.crop_size, recipe.resize_size
-    return Preprocess(
-        (crop, crop), max(resize, crop), recipe.interpolation.value, tuple(recipe.mean), tuple(recipe.std)
-    )
+    return Preprocess((crop, crop), max(resize, crop), recipe.interpolation.value, tuple(recipe.mean), tuple(recipe.std))
 
 
 def _timm(name: str, weights: str | os.PathLike[str] | None) -> Classifier:

@@ -144,5 +144,7 @@ def evaluate(utility: Utility, outputs: Any, logits: Tensor | None, targets: Ten
     value = utility.value(outputs, targets)
     if not isinstance(value, Tensor) or value.shape != (batch,) or not value.is_floating_point():
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"The utility {utility.name!r} must return one floating value per image, [{batch}]; it returned {got}.")
+        raise InputError(
+            f"The utility {utility.name!r} must return one floating value per image, [{batch}]; it returned {got}."
+        )
     return value

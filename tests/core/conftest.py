@@ -114,3 +114,9 @@ def toy(classes: int = 5, channels: int = 6) -> nn.Module:
         nn.Linear(9, classes),
     )
     return model.eval()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "core" and item.path.stem not in ("test_families", "test_parity"):
+            item.add_marker("core")

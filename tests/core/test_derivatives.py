@@ -9,6 +9,7 @@ import torch.nn.attention
 from torch import nn
 
 from shapleycam import UTILITIES, DerivativeError, Explainer, ShapleyCamWarning
+from shapleycam.plan import derive as run_engine
 from shapleycam.utilities import evaluate, get_utility
 
 from .conftest import Pick, Split, small_heads
@@ -34,7 +35,7 @@ def derive(model, images, targets, **options):
     """The gradient and Hessian-vector product of every class, [N, M, C, S], through the public road."""
     explainer = Explainer(model, "target", **options)
     plan = explainer.prepare(images)
-    [term] = explainer._derive(plan, explainer._request(plan, images, targets, False)).terms
+    [term] = run_engine(plan, explainer._wishes.request(plan, images, targets)).terms
     a = term.activations
     zero = torch.zeros_like(a)
     return (
@@ -128,7 +129,10 @@ def test_an_edited_head_is_noticed(images):
     explainer(images)
     nn.init.normal_(model.head[-1].weight)
     torch.testing.assert_close(
-        explainer(images).raw, Explainer(model, "target", engine="reverse_over_reverse")(images).raw, rtol=1e-4, atol=1e-5
+        explainer(images).raw,
+        Explainer(model, "target", engine="reverse_over_reverse")(images).raw,
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -186,7 +190,7 @@ def test_exact_shapley_values_of_a_quadratic_utility(engine):
     explainer = Explainer(model, "target", "shapleycam-h", lambda z, t: value(z), engine=engine, layout="NCHW")
     images = torch.zeros(1, 3, 2, 2, dtype=torch.float64)
     plan = explainer.prepare(images)
-    [term] = explainer._derive(plan, explainer._request(plan, images, None, False)).terms
+    [term] = run_engine(plan, explainer._wishes.request(plan, images)).terms
     w = term.gradients[0] - term.hvps[0] / 2
     torch.testing.assert_close((term.activations * w).flatten(), shapley, rtol=1e-10, atol=1e-10)
     result = explainer(images, with_gap=True)
@@ -199,7 +203,7 @@ def test_gap_and_norms_against_a_direct_computation(images):
         model = model_of(name, torch.float64)
         x, targets = images.double(), torch.tensor([2, 0, 1])
         result = Explainer(model, "target")(x, targets, with_norms=True, with_gap=True)
-        a, g, h, layout = derive(model, x, targets[:, None])
+        a, g, h, _ = derive(model, x, targets[:, None])
         stored = model.target(x).detach()
         value = lambda t: UTILITIES["rest"].value(model.head(t.clone()), targets).detach()
         expected_gap = value(stored) - value(torch.zeros_like(stored)) - ((g - h / 2)[:, 0] * a).sum((1, 2))

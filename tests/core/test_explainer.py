@@ -94,7 +94,13 @@ def test_display_form(batch):
 
 def test_several_layers_are_averaged_in_display_form(batch):
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(24, 9), nn.Tanh(), nn.Linear(9, 5)
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 6, 3),
+        nn.Flatten(),
+        nn.Linear(24, 9),
+        nn.Tanh(),
+        nn.Linear(9, 5),
     ).eval()
     both = Explainer(model, ["0", "2"])(batch)
     single = [Explainer(model, name)(batch) for name in ("0", "2")]
@@ -133,7 +139,9 @@ def test_in_place_relu_behind_the_layer_changes_nothing(batch):
 
 
 def test_an_in_place_operator_that_appears_later_is_harmless(batch):
-    model = Split(nn.Conv2d(3, 6, 1), nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))).eval()
+    model = Split(
+        nn.Conv2d(3, 6, 1), nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    ).eval()
     explainer = Explainer(model, "target")
     explainer(batch)
     model.head[0] = nn.ReLU(inplace=True)
@@ -254,7 +262,13 @@ def test_threads_with_a_model_each_and_with_one_explainer(engine):
 
 def test_structurally_zero_hessian_is_said_once(batch):
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        nn.Conv2d(3, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
     ).eval()
     for layer in ("0", "3"):  # a piecewise-linear head, and a linear one
         explainer = Explainer(model, layer, utility="logit")

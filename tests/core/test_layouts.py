@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shapleycam import Layout, LayerError
+from shapleycam import LayerError, Layout
 from shapleycam.layouts import resolve_layout
 
 

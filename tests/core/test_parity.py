@@ -41,7 +41,11 @@ def liveliest(model, layer, method, images):
 def network(request):
     generator = torch.Generator().manual_seed(5)
     coarse = torch.randn(1, 3, 6, 6, generator=generator) * 2
-    return build(request.param).double(), NETWORKS[request.param], F.interpolate(coarse, (224, 224), mode="bicubic").double()
+    return (
+        build(request.param).double(),
+        NETWORKS[request.param],
+        F.interpolate(coarse, (224, 224), mode="bicubic").double(),
+    )
 
 
 @pytest.mark.parametrize("method", PEERS)
@@ -52,7 +56,7 @@ def test_the_map_is_pytorch_grad_cams(network, method):
     with getattr(peer, PEERS[method])(model=model, target_layers=[model.get_submodule(layer)]) as cam:
         theirs = torch.from_numpy(cam(images, [targets.ClassifierOutputReST(target)]))
     assert theirs.dtype == torch.float32
-    for engine in ("auto", "reverse_over_reverse") if "features.30" != layer else ("auto",):  # VGG-16: the same engine
+    for engine in ("auto", "reverse_over_reverse") if layer != "features.30" else ("auto",):  # VGG-16: the same engine
         ours = Explainer(model, layer, method, engine=engine)(images, target).heatmaps().float()
         assert ours.std() > 0.05, "a dead map proves nothing"
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -24,7 +24,7 @@ def test_coefficients_are_the_derivatives(name):
     gradient, curvature = dense(utility.gradient(p_c)), dense(utility.curvature(p_c, v_c, s))
     for n in range(4):
         for m in range(2):
-            scalar = lambda row: utility.value(row[None], targets[n : n + 1, m])[0]  # noqa: B023
+            scalar = lambda row: utility.value(row[None], targets[n : n + 1, m])[0]
             expected = torch.autograd.functional.jacobian(scalar, z[n])
             hessian = torch.autograd.functional.hessian(scalar, z[n])
             torch.testing.assert_close(gradient[n, m], expected, rtol=1e-12, atol=1e-13)

@@ -18,7 +18,8 @@ Described = tuple[int, int, int, int, int]
 
 def _describe(tensor: Tensor) -> Described:
     """(address, dtype, strides) of an [N, C, S] view."""
-    return (tensor.data_ptr(), _CODES[tensor.dtype], *tensor.stride())
+    n, c, s = tensor.stride()
+    return tensor.data_ptr(), _CODES[tensor.dtype], n, c, s
 
 
 def _stream(tensor: Tensor) -> int:
@@ -33,9 +34,7 @@ def _raise(status: int, operator: str, *tensors: Tensor | None) -> None:
         raise BackendError(f"{operator} failed in the compiled extension: {said} (status {status}) for {shapes}.")
 
 
-def weighted_reduce(
-    served: str, activations: Tensor, gradient: Tensor, hvp: Tensor | None, pooling: str, out: Tensor
-) -> None:
+def weighted_reduce(served: str, activations: Tensor, gradient: Tensor, hvp: Tensor | None, pooling: str, out: Tensor) -> None:
     """Fill ``out`` [N, S]."""
     if served == "triton":
         kernels = kernels_module()
@@ -52,7 +51,16 @@ def weighted_reduce(
             size = module.weighted_reduce_workspace_cuda(n, c, s, row)
             space = torch.empty(size, dtype=torch.uint8, device=activations.device)
             status = module.weighted_reduce_cuda(
-                *described, n, c, s, row, out.data_ptr(), _CODES[out.dtype], space.data_ptr(), size, _stream(activations)
+                *described,
+                n,
+                c,
+                s,
+                row,
+                out.data_ptr(),
+                _CODES[out.dtype],
+                space.data_ptr(),
+                size,
+                _stream(activations),
             )
     else:
         threads = torch.get_num_threads()

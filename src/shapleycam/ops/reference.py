@@ -69,9 +69,7 @@ def display_map(raw: Tensor, size: Sequence[int], renormalize: bool) -> Tensor:
     return _unit(maps) if renormalize else maps
 
 
-def overlay(
-    images: Tensor, heatmaps: Tensor, table: Tensor, alpha: float, mean: Tensor | None, std: Tensor | None
-) -> Tensor:
+def overlay(images: Tensor, heatmaps: Tensor, table: Tensor, alpha: float, mean: Tensor | None, std: Tensor | None) -> Tensor:
     """Colour the heatmaps by ``table`` uint8 [256, 3] and blend; see :func:`shapleycam.ops.overlay`."""
     base = images.to(torch.float32)
     if images.dtype == torch.uint8:
