@@ -44,7 +44,7 @@ def network(request):
     return (
         build(request.param).double(),
         NETWORKS[request.param],
-        F.interpolate(coarse, (224, 224), mode="bicubic").double(),
+        F.interpolate(coarse, (128, 128), mode="bicubic").double(),
     )
 
 

@@ -111,7 +111,11 @@ def test_mixed_layouts_and_dtypes_and_constant_weights(backend, pooling):
     check(result, exact(a, g, h, pooling), torch.bfloat16)
     g, h = (t[:, :, :1].expand_as(a) for t in (g, h))
     for layout in ("first", "last"):
-        check(ops.weighted_reduce(place(a, layout), g, h, pooling, backend=backend), exact(a, g, h, pooling), torch.bfloat16)
+        check(
+            ops.weighted_reduce(place(a, layout), g, h, pooling, backend=backend),
+            exact(a, g, h, pooling),
+            torch.bfloat16,
+        )
     mixed = ops.weighted_reduce(a.double(), g, h, pooling, backend=backend)
     check(mixed, exact(a, g, h, pooling), torch.float64)
 

@@ -13,9 +13,7 @@ def test_literal_display_map():
     small = np.array([[0, 0], [1 / 3, 1]])
     weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     expected = weights @ small @ weights.T
-    torch.testing.assert_close(
-        ops.display_map(raw, (4, 4))[0], torch.from_numpy(expected).float(), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(ops.display_map(raw, (4, 4))[0], torch.from_numpy(expected).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_against_opencv():
