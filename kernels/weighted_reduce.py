@@ -60,12 +60,12 @@ def _kernel(
     at_h = n * h_n + c * h_c
     alpha = tl.zeros((BLOCK_C,), ACC)
     total = tl.zeros((BLOCK_C,), ACC)
-    if POOLING == ACTIVATION or POOLING == PLUSPLUS:
+    if POOLING == ACTIVATION or POOLING == PLUSPLUS:  # noqa: SIM109
         for start in range(0, S, BLOCK_S):
             s = start + tl.arange(0, BLOCK_S).to(tl.int64)
             mask = live[:, None] & (s < S)[None, :]
             total += tl.sum(tl.load(a + at_a[:, None] + s[None, :] * a_s, mask=mask, other=0.0).to(ACC), 1)
-    if POOLING == MEAN or POOLING == ACTIVATION or POOLING == PLUSPLUS:
+    if POOLING == MEAN or POOLING == ACTIVATION or POOLING == PLUSPLUS:  # noqa: SIM109
         for start in range(0, S, BLOCK_S):
             s = start + tl.arange(0, BLOCK_S).to(tl.int64)
             mask = live[:, None] & (s < S)[None, :]
