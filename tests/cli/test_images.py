@@ -108,9 +108,7 @@ def test_the_view_is_torchvisions(size, interpolation):
     picture = to_picture(noise)
     recipe = Preprocess((224, 200), 240, interpolation)
     mode = transforms.InterpolationMode(interpolation)
-    expected = transforms.Compose(
-        [transforms.Resize(240, mode), transforms.CenterCrop((224, 200)), transforms.PILToTensor()]
-    )
+    expected = transforms.Compose([transforms.Resize(240, mode), transforms.CenterCrop((224, 200)), transforms.PILToTensor()])
     assert torch.equal(recipe.view(picture), expected(picture))
     normal = transforms.Normalize(recipe.mean, recipe.std)(expected(picture).float() / 255)
     torch.testing.assert_close(recipe.normalise(recipe.view(picture)), normal)

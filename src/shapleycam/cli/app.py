@@ -65,9 +65,7 @@ def _show_warning(
     _stderr.print(f"[yellow]warning:[/] {escape(where + str(message))}")
 
 
-Model = Annotated[
-    str, typer.Option(help="efficientnet-lite0, or a torchvision or timm name (timm/NAME picks the library).")
-]
+Model = Annotated[str, typer.Option(help="efficientnet-lite0, or a torchvision or timm name (timm/NAME picks the library).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Backend = Annotated[str, typer.Option(help="auto, cuda, triton, native or torch; an explicit choice never falls back.")]
 Out = Annotated[Path, typer.Option(help="Folder for the pictures; made if it is missing.")]
@@ -81,21 +79,15 @@ def explain(
         str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
     ] = None,
     classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
-    layer: Annotated[
-        list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")
-    ] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")] = None,
     method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
     utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
     engine: Annotated[str, typer.Option(help="Derivative engine: auto, closed_form, reverse_over_reverse, …")] = "auto",
     backend: Backend = "auto",
-    target: Annotated[
-        str | None, typer.Option(help="Class to explain, by index or name; the predicted one otherwise.")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help="Class to explain, by index or name; the predicted one otherwise.")] = None,
     topk: Annotated[int, typer.Option(min=1, help="Explain the k most probable classes.")] = 1,
     device: Device = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at a time: 8 on an accelerator, 1 on a CPU.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time: 8 on an accelerator, 1 on a CPU.")] = None,
     colormap: Annotated[str, typer.Option(help="jet, turbo, viridis or magma.")] = "jet",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of the heatmap in the overlay.")] = 0.5,
     out: Out = Path("shapleycam-out"),

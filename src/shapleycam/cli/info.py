@@ -38,16 +38,12 @@ def show_info(results: Console) -> int:
     results.print(devices)
     if not torch.cuda.is_available():
         built = (
-            f"built for CUDA {torch.version.cuda}, but no CUDA device answers"
-            if torch.version.cuda
-            else "built without CUDA"
+            f"built for CUDA {torch.version.cuda}, but no CUDA device answers" if torch.version.cuda else "built without CUDA"
         )
         results.print(escape(f"no CUDA device: torch is {built}"))
     results.print()
 
-    table = Table(
-        "backend", "available", "devices", "operators", "what it is, or why it is missing", box=None, pad_edge=False
-    )
+    table = Table("backend", "available", "devices", "operators", "what it is, or why it is missing", box=None, pad_edge=False)
     table.header_style = "bold"
     for name, status in backends().items():
         mark = "[green]yes[/]" if status.available else "[yellow]no[/]"
