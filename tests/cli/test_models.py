@@ -82,10 +82,8 @@ def test_classes_without_names():
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18", "timm/resnet18"])
 def test_weights_from_a_file(tmp_path, torchvision, name):
-    if name.startswith("timm"):
-        source = pytest.importorskip("timm").create_model("resnet18")
-    else:
-        source = torchvision.models.resnet18()
+    library = pytest.importorskip("timm").create_model if name.startswith("timm") else torchvision.models.get_model
+    source = library("resnet18")
     torch.save(source.state_dict(), tmp_path / "w.pth")
     found = load_classifier(name, weights=tmp_path / "w.pth")
     assert found.name.endswith("/resnet18")
