@@ -3,6 +3,7 @@
 
 #define SHAPLEYCAM_ARCH avx512
 #define SHAPLEYCAM_ARCH_NAME "avx512"
+#define SHAPLEYCAM_INTRINSICS
 #include "rows.inl"
 
 namespace shapleycam {

@@ -3,6 +3,10 @@
 // Included with SHAPLEYCAM_ARCH set to a namespace of its own. Nothing here may instantiate a template of the standard library:
 // the linker could then hand code compiled for AVX-512 to a machine without it.
 
+#if defined(SHAPLEYCAM_INTRINSICS)
+#include "avx512.inl"
+#endif
+
 namespace shapleycam {
 namespace SHAPLEYCAM_ARCH {
 
@@ -246,6 +250,11 @@ void reduce_channels_last(const ReduceTask& t, Scratch<T>& scratch) {
 
 template <typename T>
 void reduce(const ReduceTask& t) {
+#if defined(SHAPLEYCAM_INTRINSICS)
+  if constexpr (sizeof(T) == 4) {
+    if (fast::reduce(t)) return;
+  }
+#endif
   Scratch<T> scratch;
   if (t.h.data == nullptr) {
     for (int64_t i = 0; i < kBlock; ++i) scratch.zeros[i] = 0;
