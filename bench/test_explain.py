@@ -158,8 +158,8 @@ def ledger(request):
     rows: list[dict] = []
     yield rows
     if rows:
-        terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-        terminal.write_line(f"\n{table(rows)}\nwritten: {write(rows)}")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n\n{table(rows)}\nwritten: {write(rows)}")
 
 
 @pytest.mark.parametrize("batch", [1, 8])
