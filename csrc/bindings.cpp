@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -52,14 +53,33 @@ int32_t sum_cuda(const Described& a, uintptr_t alpha, int64_t n, int64_t c, int6
                                               size, pointer(stream));
 }
 
+using Extents = std::array<int64_t, 3>;
+
+int32_t display_cpu(uintptr_t raw, int32_t dtype, int64_t n, const Extents& from, const Extents& to, bool renormalize,
+                    uintptr_t out, int32_t out_dtype, int32_t threads) {
+  const py::gil_scoped_release release;
+  return shapleycam_display_map_cpu(pointer(raw), dtype, n, from.data(), to.data(), renormalize, pointer(out), out_dtype,
+                                    threads);
+}
+
+int32_t overlay_cpu(uintptr_t images, int32_t dtype, int64_t n, int64_t height, int64_t width,
+                    const std::array<int64_t, 4>& strides, uintptr_t heatmaps, uintptr_t table, float alpha,
+                    const std::optional<std::array<float, 3>>& mean, const std::optional<std::array<float, 3>>& std,
+                    uintptr_t out, int32_t threads) {
+  const py::gil_scoped_release release;
+  return shapleycam_overlay_cpu(pointer(images), dtype, n, height, width, strides.data(),
+                                static_cast<const float*>(pointer(heatmaps)), static_cast<const uint8_t*>(pointer(table)),
+                                alpha, mean ? mean->data() : nullptr, std ? std->data() : nullptr,
+                                static_cast<uint8_t*>(pointer(out)), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  const std::vector<const char*> operators = {"weighted_reduce", "channel_weighted_sum"};
-  module.attr("cpu_operators") = operators;
+  module.attr("cpu_operators") = std::vector<const char*>{"weighted_reduce", "channel_weighted_sum", "display_map", "overlay"};
 #if defined(SHAPLEYCAM_WITH_CUDA)
   module.attr("has_cuda") = true;
-  module.attr("cuda_operators") = operators;
+  module.attr("cuda_operators") = std::vector<const char*>{"weighted_reduce", "channel_weighted_sum"};
 #else
   module.attr("has_cuda") = false;
   module.attr("cuda_operators") = std::vector<const char*>{};
@@ -70,6 +90,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("weighted_reduce_cpu", &reduce_cpu);
   module.def("channel_weighted_sum_workspace_cpu", &shapleycam_channel_weighted_sum_workspace_cpu);
   module.def("channel_weighted_sum_cpu", &sum_cpu);
+  module.def("display_map_cpu", &display_cpu);
+  module.def("overlay_cpu", &overlay_cpu);
   module.def("weighted_reduce_workspace_cuda", &shapleycam_weighted_reduce_workspace_cuda);
   module.def("weighted_reduce_cuda", &reduce_cuda);
   module.def("channel_weighted_sum_workspace_cuda", &shapleycam_channel_weighted_sum_workspace_cuda);

@@ -14,10 +14,14 @@ inline size_t element_size(int32_t dtype) {
     case SHAPLEYCAM_FLOAT16:
     case SHAPLEYCAM_BFLOAT16:
       return 2;
+    case SHAPLEYCAM_UINT8:
+      return 1;
     default:
       return 0;
   }
 }
+
+inline bool is_float(int32_t dtype) { return dtype >= SHAPLEYCAM_FLOAT32 && dtype <= SHAPLEYCAM_BFLOAT16; }
 
 inline int32_t accumulation_dtype(int32_t dtype) {
   return dtype == SHAPLEYCAM_FLOAT64 ? SHAPLEYCAM_FLOAT64 : SHAPLEYCAM_FLOAT32;
@@ -39,6 +43,11 @@ inline int32_t check_view(const shapleycam_view* view) {
   if (size == 0) return SHAPLEYCAM_BAD_DTYPE;
   if (reinterpret_cast<uintptr_t>(view->data) % size != 0) return SHAPLEYCAM_BAD_ALIGNMENT;
   return SHAPLEYCAM_OK;
+}
+
+inline int32_t check_floats(const shapleycam_view* view) {
+  if (view != nullptr && !is_float(view->dtype)) return SHAPLEYCAM_BAD_DTYPE;
+  return check_view(view);
 }
 
 inline int32_t check_out(const void* out, int32_t out_dtype, int32_t dtype) {

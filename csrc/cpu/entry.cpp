@@ -1,15 +1,9 @@
 // The CPU half of the C ABI: checks, splits the work into tasks, and runs them on the caller's number of threads.
-#include <thread>
-
 #include "../checks.h"
+#include "parallel.h"
 #include "task.h"
 
 namespace shapleycam {
-namespace {
-
-// A thread costs tens of microseconds to start; below this much work each, it is not worth it.
-constexpr int64_t kBytesPerThread = 1 << 20;
-constexpr int kMostThreads = 64;
 
 const Kernels& kernels() {
 #if defined(SHAPLEYCAM_X86_VARIANTS)
@@ -20,6 +14,8 @@ const Kernels& kernels() {
 #endif
   return baseline_kernels();
 }
+
+namespace {
 
 // How many pieces an image's channels are cut into. It depends on the extents alone, so that results do not depend on the
 // number of threads: enough pieces for eight workers, at least 64 channels in each, at most kBlock.
@@ -43,35 +39,6 @@ struct Split {
 Split split_of(int64_t n, int64_t c) {
   const int64_t size = (c + pieces_of(n, c) - 1) / pieces_of(n, c);
   return {(c + size - 1) / size, size};
-}
-
-template <typename Body>
-void run_range(Body& body, int64_t from, int64_t to) {
-  for (int64_t i = from; i < to; ++i) body(i);
-}
-
-template <typename Body>
-void parallel(int64_t count, int64_t bytes, int32_t threads, Body body) {
-  int64_t workers = threads < kMostThreads ? threads : kMostThreads;
-  if (workers > bytes / kBytesPerThread) workers = bytes / kBytesPerThread;
-  if (workers > count) workers = count;
-  if (workers <= 1) {
-    run_range(body, 0, count);
-    return;
-  }
-  std::thread others[kMostThreads];
-  int64_t started = 1;
-  for (; started < workers; ++started) {
-    const int64_t from = count * started / workers, to = count * (started + 1) / workers;
-    try {
-      others[started] = std::thread([&body, from, to] { run_range(body, from, to); });
-    } catch (...) {
-      break;  // the system gives no more threads: the caller's does what is left
-    }
-  }
-  run_range(body, 0, count / workers);
-  for (int64_t i = 1; i < started; ++i) others[i].join();
-  if (started < workers) run_range(body, count * started / workers, count);
 }
 
 size_t partial_bytes(int64_t n, int64_t c, int64_t s, int64_t m) {
@@ -125,9 +92,9 @@ int32_t shapleycam_weighted_reduce_cpu(const shapleycam_view* activations, const
   SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, 1));
   if (pooling < SHAPLEYCAM_MEAN || pooling > SHAPLEYCAM_PLUSPLUS) return SHAPLEYCAM_BAD_POOLING;
   if (n == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_view(activations));
-  SHAPLEYCAM_RETURN_IF(check_view(gradient));
-  if (hvp != nullptr) SHAPLEYCAM_RETURN_IF(check_view(hvp));
+  SHAPLEYCAM_RETURN_IF(check_floats(activations));
+  SHAPLEYCAM_RETURN_IF(check_floats(gradient));
+  if (hvp != nullptr) SHAPLEYCAM_RETURN_IF(check_floats(hvp));
   SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
   SHAPLEYCAM_RETURN_IF(check_workspace(workspace, workspace_size, partial_bytes(n, c, s, 1)));
   const bool wide = out_dtype == SHAPLEYCAM_FLOAT64;
@@ -168,7 +135,7 @@ int32_t shapleycam_channel_weighted_sum_cpu(const shapleycam_view* activations, 
                                             size_t workspace_size, int32_t threads) {
   SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, m));
   if (n == 0 || m == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_view(activations));
+  SHAPLEYCAM_RETURN_IF(check_floats(activations));
   SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
   const shapleycam_view weights = {alpha, out_dtype, 0, 0, 0};
   SHAPLEYCAM_RETURN_IF(check_view(&weights));

@@ -310,8 +310,16 @@ void add(void* out, const void* parts, int64_t count, int64_t parts_count, int64
   }
 }
 
-constexpr Kernels kKernels = {SHAPLEYCAM_ARCH_NAME, reduce<float>, reduce<double>, sum<float>,
-                              sum<double>,          add<float>,    add<double>};
+}  // namespace SHAPLEYCAM_ARCH
+}  // namespace shapleycam
+
+#include "display.inl"
+
+namespace shapleycam {
+namespace SHAPLEYCAM_ARCH {
+
+constexpr Kernels kKernels = {SHAPLEYCAM_ARCH_NAME, reduce<float>, reduce<double>, sum<float>,      sum<double>,
+                              add<float>,           add<double>,   display<float>, display<double>, overlay};
 
 }  // namespace SHAPLEYCAM_ARCH
 }  // namespace shapleycam

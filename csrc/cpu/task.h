@@ -24,6 +24,24 @@ struct SumTask {
   int64_t out_stride;
 };
 
+struct DisplayTask {
+  const void* raw;  // [from], of the accumulation type
+  int64_t from[3], to[3];
+  bool renormalize;
+  void* out;
+  int32_t out_dtype;
+};
+
+struct OverlayTask {
+  const void* image;
+  int32_t dtype;
+  int64_t stride_c, stride_h, stride_w, height, width;
+  const float* heat;     // [height, width]
+  const uint8_t* table;  // [256, 3]
+  float alpha, scale[3], shift[3];
+  uint8_t* out;  // [height, width, 3]
+};
+
 // One set per instruction set: rows.inl is compiled once for each.
 struct Kernels {
   const char* name;
@@ -33,10 +51,16 @@ struct Kernels {
   void (*sum_f64)(const SumTask&);
   void (*add_f32)(void* out, const void* parts, int64_t count, int64_t parts_count, int64_t stride);
   void (*add_f64)(void* out, const void* parts, int64_t count, int64_t parts_count, int64_t stride);
+  void (*display_f32)(const DisplayTask&);
+  void (*display_f64)(const DisplayTask&);
+  void (*overlay)(const OverlayTask&);
 };
 
 const Kernels& baseline_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+
+// The set for this machine.
+const Kernels& kernels();
 
 }  // namespace shapleycam

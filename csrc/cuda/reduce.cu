@@ -310,9 +310,9 @@ int32_t shapleycam_weighted_reduce_cuda(const shapleycam_view* activations, cons
   SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, 1));
   if (pooling < SHAPLEYCAM_MEAN || pooling > SHAPLEYCAM_PLUSPLUS) return SHAPLEYCAM_BAD_POOLING;
   if (n == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_view(activations));
-  SHAPLEYCAM_RETURN_IF(check_view(gradient));
-  if (hvp != nullptr) SHAPLEYCAM_RETURN_IF(check_view(hvp));
+  SHAPLEYCAM_RETURN_IF(check_floats(activations));
+  SHAPLEYCAM_RETURN_IF(check_floats(gradient));
+  if (hvp != nullptr) SHAPLEYCAM_RETURN_IF(check_floats(hvp));
   SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
   SHAPLEYCAM_RETURN_IF(check_workspace(workspace, workspace_size, partial_bytes(n, c, s, 1)));
   const auto on = static_cast<cudaStream_t>(stream);
@@ -329,7 +329,7 @@ int32_t shapleycam_channel_weighted_sum_cuda(const shapleycam_view* activations,
                                              size_t workspace_size, void* stream) {
   SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, m));
   if (n == 0 || m == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_view(activations));
+  SHAPLEYCAM_RETURN_IF(check_floats(activations));
   SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
   const shapleycam_view weights = {alpha, out_dtype, 0, 0, 0};
   SHAPLEYCAM_RETURN_IF(check_view(&weights));

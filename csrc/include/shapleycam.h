@@ -41,7 +41,8 @@ typedef enum shapleycam_dtype {
   SHAPLEYCAM_FLOAT32 = 0,
   SHAPLEYCAM_FLOAT64 = 1,
   SHAPLEYCAM_FLOAT16 = 2,
-  SHAPLEYCAM_BFLOAT16 = 3
+  SHAPLEYCAM_BFLOAT16 = 3,
+  SHAPLEYCAM_UINT8 = 4 /* images and display maps only */
 } shapleycam_dtype;
 
 /* Rows of the method table; w = gradient - hvp / 2, or w = gradient where hvp is null. */
@@ -84,6 +85,21 @@ SHAPLEYCAM_API size_t shapleycam_channel_weighted_sum_workspace_cpu(int64_t n, i
 SHAPLEYCAM_API int32_t shapleycam_channel_weighted_sum_cpu(const shapleycam_view* activations, const void* alpha, int64_t n,
                                                            int64_t c, int64_t s, int64_t m, void* out, int32_t out_dtype,
                                                            void* workspace, size_t workspace_size, int32_t threads);
+
+/* The display form of n signed maps: max(., 0), min-max, linear resize with half-pixel centres, and, if renormalize is not 0,
+ * min-max again; min-max is (m - min) / (1e-7 + (max - min)). `raw` is contiguous [n, from[0], from[1], from[2]] in float32 or
+ * float64 (leading extents of 1 for maps of fewer dimensions), `out` contiguous [n, to...] of the same dtype, or float16, or
+ * uint8 (0 to 255, NaN as 0). */
+SHAPLEYCAM_API int32_t shapleycam_display_map_cpu(const void* raw, int32_t dtype, int64_t n, const int64_t* from,
+                                                  const int64_t* to, int32_t renormalize, void* out, int32_t out_dtype,
+                                                  int32_t threads);
+
+/* Heatmaps (float32, contiguous [n, height, width], 0 to 1) in colour over images: out[n, height, width, 3]. `images` is
+ * [n, 3, height, width] with `strides` (four, in elements), uint8 or any float dtype in 0 to 1, or normalised by mean and std
+ * (three each, or both null). `table` is uint8 [256, 3]. Where a heatmap is not finite, the pixel is magenta. */
+SHAPLEYCAM_API int32_t shapleycam_overlay_cpu(const void* images, int32_t dtype, int64_t n, int64_t height, int64_t width,
+                                              const int64_t* strides, const float* heatmaps, const uint8_t* table, float alpha,
+                                              const float* mean, const float* std, uint8_t* out, int32_t threads);
 
 /* The same on a CUDA device, ordered on `stream` (a cudaStream_t, null for the default one), without synchronisation and
  * without allocation, so that a CUDA graph can capture the call. Pointers are device pointers on the current device. In a

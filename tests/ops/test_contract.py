@@ -224,10 +224,14 @@ def samples():
     yield library.weighted_reduce, (a, g, h, "mean", backend)
     yield library.weighted_reduce, (a, g, None, "plusplus", "torch")
     yield library.channel_weighted_sum, (a, alpha, backend)
-    yield library.display_map, (a[:, 0].unflatten(1, (3, 4)), [7, 9], True, "auto")
+    yield library.display_map, (a[:, 0].unflatten(1, (3, 4)), [7, 9], True, None, "auto")
+    yield library.display_map, (a[:, 0].unflatten(1, (3, 4)), [7, 9], False, torch.uint8, "torch")
+    images, heat = draw((2, 3, 4, 5), torch.float32), draw((2, 4, 5), torch.float32, positive=True)
+    yield library.overlay, (images, heat, "jet", 0.5, None, None, "auto")
+    yield library.overlay, (images, heat, "jet", 0.5, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7], "torch")
 
 
-@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: f"{s[0]._name}-{s[1][-2]}")
+@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: f"{s[0]._name}-{s[1][-1]}")
 def test_opcheck(sample):
     torch.library.opcheck(*sample)
 
@@ -236,10 +240,12 @@ def test_compile_without_graph_breaks():
     def maps(a, g, h, alpha):
         raw = ops.weighted_reduce(a, g, h, "mean").unflatten(1, (3, 4))
         more = ops.channel_weighted_sum(a, alpha).unflatten(2, (3, 4))
-        return ops.display_map(raw + 1, (6, 8)), ops.display_map(more[:, 0], (5, 5))
+        heat = ops.display_map(raw + 1, (6, 8))
+        return heat, ops.display_map(more[:, 0], (5, 5)), ops.overlay(images, heat)
 
     a, g, h = (draw((2, 5, 12), torch.float32, i) for i in range(3))
     alpha = draw((2, 3, 5), torch.float32, 3)
+    images = draw((2, 3, 6, 8), torch.float32, 4)
     compiled = torch.compile(maps, fullgraph=True)
     for one, other in zip(compiled(a, g, h, alpha), maps(a, g, h, alpha), strict=True):
         torch.testing.assert_close(one, other)
@@ -290,8 +296,8 @@ def test_an_explicit_backend_serves_or_raises(monkeypatch):
         assert ops.select("weighted_reduce", a, pooling="mean") == "native"
     with pytest.raises(BackendError, match="'tpu' is no backend"):
         ops.weighted_reduce(a, a, backend="tpu")
-    with pytest.raises(BackendError, match="native.*cannot serve overlay"):
-        ops.select("overlay", a, backend="native")
+    with pytest.raises(BackendError, match="native.*cannot serve shapley_value"):
+        ops.select("shapley_value", a, backend="native")
     monkeypatch.setenv("SHAPLEYCAM_BACKEND", "torch")
     assert ops.select("weighted_reduce", a, pooling="mean") == "torch"
     monkeypatch.setenv("SHAPLEYCAM_BACKEND", "cuda")

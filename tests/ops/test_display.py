@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from shapleycam import InputError, ops
+from shapleycam import BackendError, InputError, ops
 
 
 def test_literal_display_map():
@@ -14,6 +16,96 @@ def test_literal_display_map():
     weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     expected = weights @ small @ weights.T
     torch.testing.assert_close(ops.display_map(raw, (4, 4))[0], torch.from_numpy(expected).float(), rtol=1e-6, atol=1e-6)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def available(operator):
+    found = []
+    for name in ops.ORDER:
+        try:
+            ops.select(operator, torch.empty(1, device=DEVICE), backend=name)
+        except BackendError:
+            continue
+        found.append(name)
+    return found
+
+
+def test_the_backends_that_must_be_here_are():
+    for operator in ("display_map", "overlay"):
+        assert {"torch", "triton"} <= set(available(operator))
+        assert DEVICE != "cpu" or "native" in available(operator)
+
+
+@pytest.mark.parametrize("backend", available("display_map"))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    grid=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    factor=st.sampled_from([0.4, 1, 1.7, 3]),
+    batch=st.integers(0, 3),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    renormalize=st.booleans(),
+)
+def test_display_map_on_every_backend(backend, grid, factor, batch, dtype, renormalize):
+    raw = torch.randn(batch, *grid, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    size = tuple(max(1, int(g * factor)) for g in grid)
+    expected = ops.reference.display_map(raw.double(), size, renormalize)
+    result = ops.display_map(raw, size, renormalize=renormalize, backend=backend)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert result.dtype == wide
+    # A map that varies by a millionth of its height is at the mercy of rounding, in every implementation.
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4 if wide == torch.float32 else 1e-7)
+    half = ops.display_map(raw, size, renormalize=renormalize, dtype=torch.float16, backend=backend)
+    assert half.dtype == torch.float16
+    assert torch.equal(half, result.half())
+    coarse = ops.display_map(raw, size, renormalize=renormalize, dtype=torch.uint8, backend=backend)
+    assert coarse.dtype == torch.uint8
+    assert torch.equal(coarse, (result.clamp(0, 1).float() * 255).round().to(torch.uint8)) or wide == torch.float64
+
+
+@pytest.mark.parametrize("backend", available("display_map"))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_display_map_keeps_what_is_not_finite(backend, bad, renormalize):
+    raw = torch.rand(2, 3, 4, device=DEVICE)
+    raw[1, 1, 2] = bad
+    expected = ops.reference.display_map(raw, (7, 9), renormalize)
+    result = ops.display_map(raw, (7, 9), renormalize=renormalize, backend=backend)
+    assert torch.equal(result.isnan(), expected.isnan())
+    torch.testing.assert_close(result[0], expected[0])
+    assert not ops.display_map(raw, (7, 9), dtype=torch.uint8, backend=backend)[1].any() or bad == float("-inf")
+
+
+@pytest.mark.parametrize("backend", available("display_map"))
+def test_rows_wider_than_a_block(backend):
+    raw = torch.randn(1, 2, 1500, device=DEVICE)
+    expected = ops.reference.display_map(raw.double(), (3, 1700), True)
+    torch.testing.assert_close(ops.display_map(raw, (3, 1700), backend=backend).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", available("overlay"))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_overlay_on_every_backend(backend, dtype, last, normalised):
+    generator = torch.Generator().manual_seed(2)
+    images = torch.rand(2, 3, 17, 23, generator=generator) * 1.2 - 0.1
+    images = (images.clamp(0, 1) * 255).to(torch.uint8) if dtype == torch.uint8 else images.to(dtype)
+    images = images.to(DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last) if last else images
+    heat = (torch.rand(2, 17, 23, generator=generator) * 1.2 - 0.1).to(DEVICE)
+    heat[0, 0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    options = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)} if normalised else {}
+    for colormap, alpha in (("jet", 0.5), ("viridis", 0.3), ("turbo", 0.0), ("magma", 1.0)):
+        arguments = dict(colormap=colormap, alpha=alpha, **options)
+        result = ops.overlay(images, heat, backend=backend, **arguments)
+        expected = ops.overlay(images, heat, backend="torch", **arguments)
+        assert result.dtype == torch.uint8
+        assert result[0, 0, :3].tolist() == [[255, 0, 255]] * 3
+        # Where the sum lies half-way between two bytes, the order of the additions decides.
+        assert (result.int() - expected.int()).abs().max() <= 1
+        assert (result != expected).float().mean() < 0.01
 
 
 def test_against_opencv():
@@ -84,6 +176,7 @@ def test_overlay_arguments():
         ((images, heat[:, :1]), {}, "heatmaps must be"),
         ((images, heat), {"alpha": 2}, "between 0 and 1"),
         ((images, heat), {"mean": (0, 0, 0)}, "both mean and std"),
+        ((images, heat), {"mean": (0, 0), "std": (1, 1)}, "three numbers"),
         ((images, heat), {"colormap": "virdis"}, "Did you mean 'viridis'"),
         ((images.long(), heat), {}, "images must be float16"),
     ]:

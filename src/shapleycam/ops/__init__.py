@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import DerivativeError
 from . import contract, library, reference
-from .colormaps import table_of
+from .colormaps import check_name, table_of
 from .ladder import ORDER, BackendStatus, backends, select
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "channel_weighted_sum",
     "display_map",
     "overlay",
+    "reference",
     "select",
     "table_of",
     "weighted_reduce",
@@ -105,7 +106,14 @@ def channel_weighted_sum(activations: Tensor, alpha: Tensor, *, backend: str = "
     return out
 
 
-def display_map(raw: Tensor, size: Sequence[int], *, renormalize: bool = True, backend: str = "auto") -> Tensor:
+def display_map(
+    raw: Tensor,
+    size: Sequence[int],
+    *,
+    renormalize: bool = True,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """The display form of signed maps: max(·, 0), min-max, linear resize with half-pixel centres, min-max.
 
     Min-max is ``(m - min) / (1e-7 + max)`` per image, the maximum taken after the subtraction.
@@ -114,17 +122,18 @@ def display_map(raw: Tensor, size: Sequence[int], *, renormalize: bool = True, b
         raw: [N, h, w], or [N, l], or [N, d, h, w]; any float dtype.
         size: the spatial size of the result.
         renormalize: whether to do the second min-max (left out before several layers' maps are averaged).
+        dtype: of the result: None for float32 (float64 for float64 maps), or float16, or uint8 (0 to 255; NaN becomes 0).
         backend: as for :func:`weighted_reduce`.
 
     Returns:
-        [N, *size], float32 (float64 for float64 maps), contiguous; an image with NaN is NaN.
+        [N, *size], contiguous; an image with NaN is NaN.
 
     Raises:
         InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
     """
-    contract.check_display_map(raw, size)
+    contract.check_display_map(raw, size, dtype)
     _no_gradients("display_map", raw)
-    out: Tensor = _call(library.display_map, raw, list(size), renormalize, backend)
+    out: Tensor = _call(library.display_map, raw, list(size), renormalize, dtype, backend)
     return out
 
 
@@ -155,8 +164,8 @@ def overlay(
         BackendError: the backend named cannot serve.
     """
     contract.check_overlay(images, heatmaps, alpha, mean, std)
-    select("overlay", heatmaps, backend=backend)
-    table = table_of(colormap, images.device)
-    shift = None if mean is None else torch.as_tensor(mean, dtype=torch.float32, device=images.device)
-    scale = None if std is None else torch.as_tensor(std, dtype=torch.float32, device=images.device)
-    return reference.overlay(images.detach(), heatmaps.detach(), table, alpha, shift, scale)
+    check_name(colormap)
+    shift = None if mean is None else [float(x) for x in mean]
+    scale = None if std is None else [float(x) for x in std]
+    out: Tensor = _call(library.overlay, images.detach(), heatmaps.detach(), colormap, alpha, shift, scale, backend)
+    return out

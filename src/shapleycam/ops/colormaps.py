@@ -75,14 +75,20 @@ def _table(name: str) -> Tensor:
     return torch.frombuffer(raw, dtype=torch.uint8).reshape(256, 3).clone()
 
 
-def table_of(name: str, device: torch.device) -> Tensor:
-    """The colour map ``name`` as uint8 [256, 3] on ``device``.
-
-    Raises:
-        InputError: there is no such colour map; the nearest is suggested.
-    """
+def check_name(name: str) -> None:
+    """Raise InputError unless there is a colour map ``name``; the nearest is suggested."""
     if name not in NAMES:
         near = difflib.get_close_matches(str(name), NAMES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(f"Unknown colour map {name!r}: expected one of {', '.join(NAMES)}.{hint}")
+
+
+@functools.cache
+def table_of(name: str, device: torch.device) -> Tensor:
+    """The colour map ``name`` as uint8 [256, 3] on ``device``, copied there once.
+
+    Raises:
+        InputError: there is no such colour map.
+    """
+    check_name(name)
     return _table(name).to(device)

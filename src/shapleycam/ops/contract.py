@@ -58,16 +58,20 @@ def check_channel_weighted_sum(activations: Tensor, alpha: Tensor) -> None:
         )
 
 
-def check_display_map(raw: Tensor, size: Sequence[int]) -> None:
-    """Raise InputError unless raw is [N, *grid] with one to three spatial dimensions and size fits them."""
+def check_display_map(raw: Tensor, size: Sequence[int], dtype: torch.dtype | None) -> None:
+    """Raise InputError unless raw is [N, *grid] with one to three spatial dimensions, and size and dtype fit."""
     _floating("raw", raw, "display_map")
     if not 2 <= raw.ndim <= 4 or 0 in raw.shape[1:]:
         raise InputError(f"display_map: raw must be [N, h, w] (or [N, l], [N, d, h, w]), got shape {tuple(raw.shape)}.")
     if len(size) != raw.ndim - 1 or any(s < 1 for s in size):
         raise InputError(f"display_map: size must be {raw.ndim - 1} positive integers, got {tuple(size)}.")
+    if dtype not in (None, accumulator(raw.dtype), torch.float16, torch.uint8):
+        raise InputError(f"display_map: dtype must be None, {accumulator(raw.dtype)}, float16 or uint8, got {dtype}.")
 
 
-def check_overlay(images: Tensor, heatmaps: Tensor, alpha: float, mean: object, std: object) -> None:
+def check_overlay(
+    images: Tensor, heatmaps: Tensor, alpha: float, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
     """Raise InputError unless images are [N, 3, H, W], heatmaps [N, H, W] on the same device, and alpha is in [0, 1]."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -84,6 +88,9 @@ def check_overlay(images: Tensor, heatmaps: Tensor, alpha: float, mean: object, 
         raise InputError(f"overlay: alpha must be between 0 and 1, got {alpha}.")
     if (mean is None) != (std is None):
         raise InputError("overlay: give both mean and std, or neither.")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != 3:
+            raise InputError(f"overlay: {name} must have three numbers, one per channel, got {values!r}.")
 
 
 def empty_reduced(activations: Tensor) -> Tensor:
@@ -98,6 +105,11 @@ def empty_summed(activations: Tensor, alpha: Tensor) -> Tensor:
     return torch.empty(shape, dtype=accumulator(activations.dtype), device=activations.device)
 
 
-def empty_display(raw: Tensor, size: Sequence[int]) -> Tensor:
+def empty_display(raw: Tensor, size: Sequence[int], dtype: torch.dtype | None) -> Tensor:
     """The result of ``display_map``, not filled: [N, *size]."""
-    return torch.empty((raw.shape[0], *size), dtype=accumulator(raw.dtype), device=raw.device)
+    return torch.empty((raw.shape[0], *size), dtype=dtype or accumulator(raw.dtype), device=raw.device)
+
+
+def empty_overlay(heatmaps: Tensor) -> Tensor:
+    """The result of ``overlay``, not filled: uint8 [N, H, W, 3]."""
+    return torch.empty((*heatmaps.shape, 3), dtype=torch.uint8, device=heatmaps.device)

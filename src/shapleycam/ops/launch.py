@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, InputError
+from ..errors import BackendError
 from .contract import DTYPES, POOLINGS
 from .ladder import kernels_module, native_module
+from .reference import accumulator
 
 # Order of the enum shapleycam_dtype in csrc/include/shapleycam.h.
-_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-assert set(_CODES) == set(DTYPES)
+_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
+assert set(_CODES) == {*DTYPES, torch.uint8}
 
 Described = tuple[int, int, int, int, int]
 
@@ -103,6 +106,50 @@ def channel_weighted_sum(served: str, activations: Tensor, alpha: Tensor, out: T
     _raise(status, "channel_weighted_sum", activations, alpha)
 
 
+def _three(extents: Sequence[int]) -> tuple[int, int, int]:
+    d, h, w = (1,) * (3 - len(extents)) + tuple(extents)
+    return d, h, w
+
+
 def display_map(served: str, raw: Tensor, renormalize: bool, out: Tensor) -> None:
     """Fill ``out`` [N, *size]."""
-    raise InputError(f"display_map has no {served} kernel.")  # the ladder never sends one here
+    raw = raw.to(accumulator(raw.dtype)).contiguous()  # small: the layer's own resolution
+    if served == "triton":
+        kernels = kernels_module()
+        assert not isinstance(kernels, ImportError)
+        kernels.display_map(raw, renormalize, out)
+        return
+    module = native_module()
+    assert not isinstance(module, ImportError)
+    status = module.display_map_cpu(
+        raw.data_ptr(), _CODES[raw.dtype], raw.shape[0], _three(raw.shape[1:]), _three(out.shape[1:]), renormalize,
+        out.data_ptr(), _CODES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _raise(status, "display_map", raw, out)
+
+
+def overlay(
+    served: str,
+    images: Tensor,
+    heatmaps: Tensor,
+    table: Tensor,
+    alpha: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    out: Tensor,
+) -> None:
+    """Fill ``out`` uint8 [N, H, W, 3]."""
+    heatmaps = heatmaps.to(torch.float32).contiguous()
+    if served == "triton":
+        kernels = kernels_module()
+        assert not isinstance(kernels, ImportError)
+        kernels.overlay(images, heatmaps, table, alpha, mean, std, out)
+        return
+    module = native_module()
+    assert not isinstance(module, ImportError)
+    n, _, height, width = images.shape
+    status = module.overlay_cpu(
+        images.data_ptr(), _CODES[images.dtype], n, height, width, images.stride(), heatmaps.data_ptr(), table.data_ptr(),
+        alpha, mean, std, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _raise(status, "overlay", images, heatmaps)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import contract, launch, reference
+from .colormaps import table_of
 from .ladder import select
 
 # torch.library reads these signatures: Optional and int lists are spelt the way its schema inference knows.
@@ -52,16 +53,51 @@ def _(activations: Tensor, alpha: Tensor, backend: str) -> Tensor:
 
 
 @torch.library.custom_op("shapleycam::display_map", mutates_args=())
-def display_map(raw: Tensor, size: Sequence[int], renormalize: bool, backend: str) -> Tensor:
+def display_map(raw: Tensor, size: Sequence[int], renormalize: bool, dtype: Optional[torch.dtype], backend: str) -> Tensor:
     served = select("display_map", raw, backend=backend)
     if served == "torch":
-        return reference.display_map(raw, size, renormalize)
-    out = contract.empty_display(raw, size)
+        return reference.display_map(raw, size, renormalize, dtype)
+    out = contract.empty_display(raw, size, dtype)
     if out.numel():
         launch.display_map(served, raw, renormalize, out)
     return out
 
 
 @display_map.register_fake
-def _(raw: Tensor, size: Sequence[int], renormalize: bool, backend: str) -> Tensor:
-    return contract.empty_display(raw, size)
+def _(raw: Tensor, size: Sequence[int], renormalize: bool, dtype: Optional[torch.dtype], backend: str) -> Tensor:
+    return contract.empty_display(raw, size, dtype)
+
+
+@torch.library.custom_op("shapleycam::overlay", mutates_args=())
+def overlay(
+    images: Tensor,
+    heatmaps: Tensor,
+    colormap: str,
+    alpha: float,
+    mean: Optional[Sequence[float]],
+    std: Optional[Sequence[float]],
+    backend: str,
+) -> Tensor:
+    served = select("overlay", heatmaps, backend=backend)
+    table = table_of(colormap, images.device)
+    if served == "torch":
+        shift = None if mean is None else torch.tensor(mean, dtype=torch.float32)
+        scale = None if std is None else torch.tensor(std, dtype=torch.float32)
+        return reference.overlay(images, heatmaps, table, alpha, shift, scale)
+    out = contract.empty_overlay(heatmaps)
+    if out.numel():
+        launch.overlay(served, images, heatmaps, table, alpha, mean, std, out)
+    return out
+
+
+@overlay.register_fake
+def _(
+    images: Tensor,
+    heatmaps: Tensor,
+    colormap: str,
+    alpha: float,
+    mean: Optional[Sequence[float]],
+    std: Optional[Sequence[float]],
+    backend: str,
+) -> Tensor:
+    return contract.empty_overlay(heatmaps)

@@ -58,15 +58,18 @@ def _unit(maps: Tensor) -> Tensor:
     return maps / (EPS_DISPLAY + maps.amax(dims, keepdim=True))
 
 
-def display_map(raw: Tensor, size: Sequence[int], renormalize: bool) -> Tensor:
+def display_map(raw: Tensor, size: Sequence[int], renormalize: bool, dtype: torch.dtype | None = None) -> Tensor:
     """ReLU, min-max, half-pixel linear resize, min-max; see :func:`shapleycam.ops.display_map`."""
     if raw.shape[0] == 0:
-        return raw.new_empty((0, *size), dtype=accumulator(raw.dtype))
+        return raw.new_empty((0, *size), dtype=dtype or accumulator(raw.dtype))
     maps = _unit(raw.to(accumulator(raw.dtype)).clamp_min(0))
     if tuple(size) != tuple(maps.shape[1:]):
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[maps.ndim - 1]
         maps = F.interpolate(maps[:, None], tuple(size), mode=mode, align_corners=False)[:, 0]
-    return _unit(maps) if renormalize else maps
+    maps = _unit(maps) if renormalize else maps
+    if dtype == torch.uint8:
+        return (maps.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return maps.to(dtype or maps.dtype)
 
 
 def overlay(images: Tensor, heatmaps: Tensor, table: Tensor, alpha: float, mean: Tensor | None, std: Tensor | None) -> Tensor:
@@ -75,13 +78,13 @@ def overlay(images: Tensor, heatmaps: Tensor, table: Tensor, alpha: float, mean:
     if images.dtype == torch.uint8:
         base = base / 255
     if mean is not None and std is not None:
-        base = base * std.view(1, 3, 1, 1) + mean.view(1, 3, 1, 1)
+        base = base * std.to(base.device).view(1, 3, 1, 1) + mean.to(base.device).view(1, 3, 1, 1)
     base = base.clamp(0, 1).movedim(1, -1)  # [N, H, W, 3]
     heat = heatmaps.to(torch.float32)
     known = torch.isfinite(heat)
     index = (heat.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().long()
-    colour = table[index].to(torch.float32) / 255
+    colour = table.to(index.device)[index].to(torch.float32) / 255
     mixed = ((1 - alpha) * base + alpha * colour) * 255
     drawn = mixed.nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
     magenta = torch.tensor((255, 0, 255), dtype=torch.uint8, device=drawn.device)
-    return torch.where(known[..., None], drawn, magenta)
+    return torch.where(known[..., None], drawn, magenta).contiguous()

@@ -1,0 +1,86 @@
+// display_map and overlay of the C ABI on the CPU.
+#include "../checks.h"
+#include "parallel.h"
+#include "task.h"
+
+using namespace shapleycam;
+
+namespace {
+
+bool volume(const int64_t extents[3], int64_t n, int64_t* total) {
+  *total = n;
+  for (int i = 0; i < 3; ++i) {
+    if (extents[i] < 1 || overflows(*total, extents[i], total)) return false;
+  }
+  return *total <= INT64_MAX / 16;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t shapleycam_display_map_cpu(const void* raw, int32_t dtype, int64_t n, const int64_t* from, const int64_t* to,
+                                   int32_t renormalize, void* out, int32_t out_dtype, int32_t threads) {
+  int64_t read = 0, written = 0;
+  if (from == nullptr || to == nullptr) return SHAPLEYCAM_NULL_POINTER;
+  if (n < 0 || !volume(from, n > 0 ? n : 1, &read) || !volume(to, n > 0 ? n : 1, &written)) return SHAPLEYCAM_BAD_SHAPE;
+  if (dtype != accumulation_dtype(dtype)) return SHAPLEYCAM_BAD_DTYPE;
+  if (out_dtype != dtype && out_dtype != SHAPLEYCAM_FLOAT16 && out_dtype != SHAPLEYCAM_UINT8) return SHAPLEYCAM_BAD_DTYPE;
+  if (n == 0) return SHAPLEYCAM_OK;
+  const shapleycam_view checked[2] = {{raw, dtype, 0, 0, 0}, {out, out_dtype, 0, 0, 0}};
+  SHAPLEYCAM_RETURN_IF(check_view(&checked[0]));
+  SHAPLEYCAM_RETURN_IF(check_view(&checked[1]));
+  const Kernels& use = kernels();
+  const int64_t step_in = read / n * static_cast<int64_t>(element_size(dtype));
+  const int64_t step_out = written / n * static_cast<int64_t>(element_size(out_dtype));
+  parallel(n, written * 16, threads, [&](int64_t i) {
+    const DisplayTask task = {static_cast<const char*>(raw) + i * step_in,
+                              {from[0], from[1], from[2]},
+                              {to[0], to[1], to[2]},
+                              renormalize != 0,
+                              static_cast<char*>(out) + i * step_out,
+                              out_dtype};
+    (dtype == SHAPLEYCAM_FLOAT64 ? use.display_f64 : use.display_f32)(task);
+  });
+  return SHAPLEYCAM_OK;
+}
+
+int32_t shapleycam_overlay_cpu(const void* images, int32_t dtype, int64_t n, int64_t height, int64_t width,
+                               const int64_t* strides, const float* heatmaps, const uint8_t* table, float alpha,
+                               const float* mean, const float* std, uint8_t* out, int32_t threads) {
+  const int64_t extents[3] = {3, height, width};
+  int64_t total = 0;
+  if (n < 0 || !volume(extents, n > 0 ? n : 1, &total)) return SHAPLEYCAM_BAD_SHAPE;
+  if (n == 0) return SHAPLEYCAM_OK;
+  if (strides == nullptr || heatmaps == nullptr || table == nullptr || out == nullptr) return SHAPLEYCAM_NULL_POINTER;
+  if ((mean == nullptr) != (std == nullptr)) return SHAPLEYCAM_NULL_POINTER;
+  const shapleycam_view checked[2] = {{images, dtype, 0, 0, 0}, {heatmaps, SHAPLEYCAM_FLOAT32, 0, 0, 0}};
+  SHAPLEYCAM_RETURN_IF(check_view(&checked[0]));
+  SHAPLEYCAM_RETURN_IF(check_view(&checked[1]));
+  const Kernels& use = kernels();
+  const int64_t pixels = height * width;
+  parallel(n * height, total * 16, threads, [&](int64_t i) {
+    const int64_t image = i / height, row = i % height;
+    const int64_t offset = image * strides[0] + row * strides[2];
+    OverlayTask task = {};
+    task.image = static_cast<const char*>(images) + offset * static_cast<int64_t>(element_size(dtype));
+    task.dtype = dtype;
+    task.stride_c = strides[1];
+    task.stride_h = strides[2];
+    task.stride_w = strides[3];
+    task.height = 1;
+    task.width = width;
+    task.heat = heatmaps + image * pixels + row * width;
+    task.table = table;
+    task.alpha = alpha;
+    for (int c = 0; c < 3; ++c) {
+      task.scale[c] = std != nullptr ? std[c] : 1.0f;
+      task.shift[c] = mean != nullptr ? mean[c] : 0.0f;
+    }
+    task.out = out + (image * pixels + row * width) * 3;
+    use.overlay(task);
+  });
+  return SHAPLEYCAM_OK;
+}
+
+}  // extern "C"
