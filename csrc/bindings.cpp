@@ -73,13 +73,32 @@ int32_t overlay_cpu(uintptr_t images, int32_t dtype, int64_t n, int64_t height, 
                                 static_cast<uint8_t*>(pointer(out)), threads);
 }
 
+int32_t display_cuda(uintptr_t raw, int32_t dtype, int64_t n, const Extents& from, const Extents& to, bool renormalize,
+                     uintptr_t out, int32_t out_dtype, uintptr_t stream) {
+  const py::gil_scoped_release release;
+  return shapleycam_display_map_cuda(pointer(raw), dtype, n, from.data(), to.data(), renormalize, pointer(out), out_dtype,
+                                     pointer(stream));
+}
+
+int32_t overlay_cuda(uintptr_t images, int32_t dtype, int64_t n, int64_t height, int64_t width,
+                     const std::array<int64_t, 4>& strides, uintptr_t heatmaps, uintptr_t table, float alpha,
+                     const std::optional<std::array<float, 3>>& mean, const std::optional<std::array<float, 3>>& std,
+                     uintptr_t out, uintptr_t stream) {
+  const py::gil_scoped_release release;
+  return shapleycam_overlay_cuda(pointer(images), dtype, n, height, width, strides.data(),
+                                 static_cast<const float*>(pointer(heatmaps)), static_cast<const uint8_t*>(pointer(table)),
+                                 alpha, mean ? mean->data() : nullptr, std ? std->data() : nullptr,
+                                 static_cast<uint8_t*>(pointer(out)), pointer(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.attr("cpu_operators") = std::vector<const char*>{"weighted_reduce", "channel_weighted_sum", "display_map", "overlay"};
+  const std::vector<const char*> operators = {"weighted_reduce", "channel_weighted_sum", "display_map", "overlay"};
+  module.attr("cpu_operators") = operators;
 #if defined(SHAPLEYCAM_WITH_CUDA)
   module.attr("has_cuda") = true;
-  module.attr("cuda_operators") = std::vector<const char*>{"weighted_reduce", "channel_weighted_sum"};
+  module.attr("cuda_operators") = operators;
 #else
   module.attr("has_cuda") = false;
   module.attr("cuda_operators") = std::vector<const char*>{};
@@ -96,4 +115,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("weighted_reduce_cuda", &reduce_cuda);
   module.def("channel_weighted_sum_workspace_cuda", &shapleycam_channel_weighted_sum_workspace_cuda);
   module.def("channel_weighted_sum_cuda", &sum_cuda);
+  module.def("display_map_cuda", &display_cuda);
+  module.def("overlay_cuda", &overlay_cuda);
 }

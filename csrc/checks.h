@@ -65,6 +65,42 @@ inline int32_t check_workspace(const void* workspace, size_t given, size_t neede
   return SHAPLEYCAM_OK;
 }
 
+inline bool volume_fits(const int64_t extents[3], int64_t n) {
+  int64_t total = n > 0 ? n : 1;
+  for (int i = 0; i < 3; ++i) {
+    if (extents[i] < 1 || overflows(total, extents[i], &total)) return false;
+  }
+  return total <= INT64_MAX / 64;
+}
+
+inline int32_t check_pointer(const void* data, int32_t dtype) {
+  const shapleycam_view view = {data, dtype, 0, 0, 0};
+  return check_view(&view);
+}
+
+inline int32_t check_display(const void* raw, int32_t dtype, int64_t n, const int64_t* from, const int64_t* to, const void* out,
+                             int32_t out_dtype) {
+  if (from == nullptr || to == nullptr) return SHAPLEYCAM_NULL_POINTER;
+  if (n < 0 || !volume_fits(from, n) || !volume_fits(to, n)) return SHAPLEYCAM_BAD_SHAPE;
+  if (dtype != accumulation_dtype(dtype)) return SHAPLEYCAM_BAD_DTYPE;
+  if (out_dtype != dtype && out_dtype != SHAPLEYCAM_FLOAT16 && out_dtype != SHAPLEYCAM_UINT8) return SHAPLEYCAM_BAD_DTYPE;
+  if (n == 0) return SHAPLEYCAM_OK;
+  const int32_t status = check_pointer(raw, dtype);
+  return status != SHAPLEYCAM_OK ? status : check_pointer(out, out_dtype);
+}
+
+inline int32_t check_overlay(const void* images, int32_t dtype, int64_t n, int64_t height, int64_t width,
+                             const int64_t* strides, const float* heatmaps, const uint8_t* table, const float* mean,
+                             const float* std, const uint8_t* out) {
+  const int64_t extents[3] = {3, height, width};
+  if (n < 0 || !volume_fits(extents, n)) return SHAPLEYCAM_BAD_SHAPE;
+  if (n == 0) return SHAPLEYCAM_OK;
+  if (strides == nullptr || table == nullptr || out == nullptr) return SHAPLEYCAM_NULL_POINTER;
+  if ((mean == nullptr) != (std == nullptr)) return SHAPLEYCAM_NULL_POINTER;
+  const int32_t status = check_pointer(images, dtype);
+  return status != SHAPLEYCAM_OK ? status : check_pointer(heatmaps, SHAPLEYCAM_FLOAT32);
+}
+
 }  // namespace shapleycam
 
 #define SHAPLEYCAM_RETURN_IF(expression)                                \

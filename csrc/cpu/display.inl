@@ -36,6 +36,13 @@ struct Extent {
   }
 };
 
+// The volatile keeps the compiler, which may reassociate here, from (1e-7 + high) - low: that is 0 for a constant map.
+template <typename T>
+inline T divisor_of(const Extent<T>& extent) {
+  const volatile T range = extent.high - extent.low;
+  return T(1e-7) + range;
+}
+
 template <typename T>
 inline T between(T a, T b, T weight) {
   return (T(1) - weight) * a + weight * b;
@@ -94,7 +101,7 @@ void display(const DisplayTask& t) {
   Extent<T> extent(positive(raw[0]));
   for (int64_t i = 0; i < count; ++i) extent.add(positive(raw[i]));
   extent.settle();
-  const T low = extent.low, scale = T(1e-7) + (extent.high - extent.low);
+  const T low = extent.low, scale = divisor_of(extent);
   const auto every_row = [&](auto body) {
     for (int64_t z = 0; z < t.to[0]; ++z) {
       for (int64_t y = 0; y < t.to[1]; ++y) body((z * t.to[1] + y) * row, z, y);
@@ -115,7 +122,7 @@ void display(const DisplayTask& t) {
     });
     all.settle();
     low2 = all.low;
-    scale2 = T(1e-7) + (all.high - all.low);
+    scale2 = divisor_of(all);
     if (direct) {
       for (int64_t i = 0; i < t.to[0] * t.to[1] * row; ++i) out[i] = (out[i] - low2) / scale2;
       return;

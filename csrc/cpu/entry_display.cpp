@@ -5,35 +5,17 @@
 
 using namespace shapleycam;
 
-namespace {
-
-bool volume(const int64_t extents[3], int64_t n, int64_t* total) {
-  *total = n;
-  for (int i = 0; i < 3; ++i) {
-    if (extents[i] < 1 || overflows(*total, extents[i], total)) return false;
-  }
-  return *total <= INT64_MAX / 16;
-}
-
-}  // namespace
-
 extern "C" {
 
 int32_t shapleycam_display_map_cpu(const void* raw, int32_t dtype, int64_t n, const int64_t* from, const int64_t* to,
                                    int32_t renormalize, void* out, int32_t out_dtype, int32_t threads) {
-  int64_t read = 0, written = 0;
-  if (from == nullptr || to == nullptr) return SHAPLEYCAM_NULL_POINTER;
-  if (n < 0 || !volume(from, n > 0 ? n : 1, &read) || !volume(to, n > 0 ? n : 1, &written)) return SHAPLEYCAM_BAD_SHAPE;
-  if (dtype != accumulation_dtype(dtype)) return SHAPLEYCAM_BAD_DTYPE;
-  if (out_dtype != dtype && out_dtype != SHAPLEYCAM_FLOAT16 && out_dtype != SHAPLEYCAM_UINT8) return SHAPLEYCAM_BAD_DTYPE;
+  SHAPLEYCAM_RETURN_IF(check_display(raw, dtype, n, from, to, out, out_dtype));
   if (n == 0) return SHAPLEYCAM_OK;
-  const shapleycam_view checked[2] = {{raw, dtype, 0, 0, 0}, {out, out_dtype, 0, 0, 0}};
-  SHAPLEYCAM_RETURN_IF(check_view(&checked[0]));
-  SHAPLEYCAM_RETURN_IF(check_view(&checked[1]));
+  const int64_t read = from[0] * from[1] * from[2], written = to[0] * to[1] * to[2];
   const Kernels& use = kernels();
-  const int64_t step_in = read / n * static_cast<int64_t>(element_size(dtype));
-  const int64_t step_out = written / n * static_cast<int64_t>(element_size(out_dtype));
-  parallel(n, written * 16, threads, [&](int64_t i) {
+  const int64_t step_in = read * static_cast<int64_t>(element_size(dtype));
+  const int64_t step_out = written * static_cast<int64_t>(element_size(out_dtype));
+  parallel(n, n * written * 16, threads, [&](int64_t i) {
     const DisplayTask task = {static_cast<const char*>(raw) + i * step_in,
                               {from[0], from[1], from[2]},
                               {to[0], to[1], to[2]},
@@ -48,18 +30,11 @@ int32_t shapleycam_display_map_cpu(const void* raw, int32_t dtype, int64_t n, co
 int32_t shapleycam_overlay_cpu(const void* images, int32_t dtype, int64_t n, int64_t height, int64_t width,
                                const int64_t* strides, const float* heatmaps, const uint8_t* table, float alpha,
                                const float* mean, const float* std, uint8_t* out, int32_t threads) {
-  const int64_t extents[3] = {3, height, width};
-  int64_t total = 0;
-  if (n < 0 || !volume(extents, n > 0 ? n : 1, &total)) return SHAPLEYCAM_BAD_SHAPE;
+  SHAPLEYCAM_RETURN_IF(check_overlay(images, dtype, n, height, width, strides, heatmaps, table, mean, std, out));
   if (n == 0) return SHAPLEYCAM_OK;
-  if (strides == nullptr || heatmaps == nullptr || table == nullptr || out == nullptr) return SHAPLEYCAM_NULL_POINTER;
-  if ((mean == nullptr) != (std == nullptr)) return SHAPLEYCAM_NULL_POINTER;
-  const shapleycam_view checked[2] = {{images, dtype, 0, 0, 0}, {heatmaps, SHAPLEYCAM_FLOAT32, 0, 0, 0}};
-  SHAPLEYCAM_RETURN_IF(check_view(&checked[0]));
-  SHAPLEYCAM_RETURN_IF(check_view(&checked[1]));
   const Kernels& use = kernels();
   const int64_t pixels = height * width;
-  parallel(n * height, total * 16, threads, [&](int64_t i) {
+  parallel(n * height, n * pixels * 48, threads, [&](int64_t i) {
     const int64_t image = i / height, row = i % height;
     const int64_t offset = image * strides[0] + row * strides[2];
     OverlayTask task = {};
@@ -82,5 +57,16 @@ int32_t shapleycam_overlay_cpu(const void* images, int32_t dtype, int64_t n, int
   });
   return SHAPLEYCAM_OK;
 }
+
+#if !defined(SHAPLEYCAM_WITH_CUDA)
+int32_t shapleycam_display_map_cuda(const void*, int32_t, int64_t, const int64_t*, const int64_t*, int32_t, void*, int32_t,
+                                    void*) {
+  return SHAPLEYCAM_UNSUPPORTED;
+}
+int32_t shapleycam_overlay_cuda(const void*, int32_t, int64_t, int64_t, int64_t, const int64_t*, const float*, const uint8_t*,
+                                float, const float*, const float*, uint8_t*, void*) {
+  return SHAPLEYCAM_UNSUPPORTED;
+}
+#endif
 
 }  // extern "C"

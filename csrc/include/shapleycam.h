@@ -102,8 +102,8 @@ SHAPLEYCAM_API int32_t shapleycam_overlay_cpu(const void* images, int32_t dtype,
                                               const float* mean, const float* std, uint8_t* out, int32_t threads);
 
 /* The same on a CUDA device, ordered on `stream` (a cudaStream_t, null for the default one), without synchronisation and
- * without allocation, so that a CUDA graph can capture the call. Pointers are device pointers on the current device. In a
- * build without CUDA these return SHAPLEYCAM_UNSUPPORTED. */
+ * without allocation, so that a CUDA graph can capture the call. Data pointers are device pointers on the current device;
+ * extents, strides, mean and std are read on the host. In a build without CUDA these return SHAPLEYCAM_UNSUPPORTED. */
 SHAPLEYCAM_API size_t shapleycam_weighted_reduce_workspace_cuda(int64_t n, int64_t c, int64_t s, int32_t pooling);
 
 SHAPLEYCAM_API int32_t shapleycam_weighted_reduce_cuda(const shapleycam_view* activations, const shapleycam_view* gradient,
@@ -116,6 +116,14 @@ SHAPLEYCAM_API size_t shapleycam_channel_weighted_sum_workspace_cuda(int64_t n, 
 SHAPLEYCAM_API int32_t shapleycam_channel_weighted_sum_cuda(const shapleycam_view* activations, const void* alpha, int64_t n,
                                                             int64_t c, int64_t s, int64_t m, void* out, int32_t out_dtype,
                                                             void* workspace, size_t workspace_size, void* stream);
+
+SHAPLEYCAM_API int32_t shapleycam_display_map_cuda(const void* raw, int32_t dtype, int64_t n, const int64_t* from,
+                                                   const int64_t* to, int32_t renormalize, void* out, int32_t out_dtype,
+                                                   void* stream);
+
+SHAPLEYCAM_API int32_t shapleycam_overlay_cuda(const void* images, int32_t dtype, int64_t n, int64_t height, int64_t width,
+                                               const int64_t* strides, const float* heatmaps, const uint8_t* table, float alpha,
+                                               const float* mean, const float* std, uint8_t* out, void* stream);
 
 #ifdef __cplusplus
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -213,7 +214,10 @@ def find_layer(
     """
     prefix, patch = token_facts(model)
     candidates: list[tuple[Record, Layout]] = []
+    runs = Counter(id(record.module) for record in seen.records)
     for record in seen.records:
+        if runs[id(record.module)] > 1:
+            continue  # an activation that several places share has no map of its own
         if record.passive or record.output.ndim < 3 or record.module is model or record.output is seen.logits:
             continue
         try:

@@ -327,6 +327,18 @@ def test_auto_lists_candidates_when_it_cannot_tell(batch):
         Explainer(nn.Sequential(nn.Conv2d(3, 6, 3), Detach()).eval(), "0")(batch)
 
 
+def test_auto_passes_over_a_module_that_runs_twice(batch):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.act, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.SiLU(), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(self.act(self.two(self.act(self.one(x)))).mean((2, 3)))
+
+    assert Explainer(Shared().eval())(batch).diagnostics.layers == ("two",)
+
+
 class Detach(nn.Module):
     def forward(self, a):
         return a.detach().mean((2, 3)).tanh()

@@ -121,10 +121,15 @@ def display_map(served: str, raw: Tensor, renormalize: bool, out: Tensor) -> Non
         return
     module = native_module()
     assert not isinstance(module, ImportError)
-    status = module.display_map_cpu(
+    arguments = (
         raw.data_ptr(), _CODES[raw.dtype], raw.shape[0], _three(raw.shape[1:]), _three(out.shape[1:]), renormalize,
-        out.data_ptr(), _CODES[out.dtype], torch.get_num_threads(),
+        out.data_ptr(), _CODES[out.dtype],
     )  # fmt: skip
+    if served == "cuda":
+        with torch.cuda.device(raw.device):
+            status = module.display_map_cuda(*arguments, _stream(raw))
+    else:
+        status = module.display_map_cpu(*arguments, torch.get_num_threads())
     _raise(status, "display_map", raw, out)
 
 
@@ -148,8 +153,13 @@ def overlay(
     module = native_module()
     assert not isinstance(module, ImportError)
     n, _, height, width = images.shape
-    status = module.overlay_cpu(
+    arguments = (
         images.data_ptr(), _CODES[images.dtype], n, height, width, images.stride(), heatmaps.data_ptr(), table.data_ptr(),
-        alpha, mean, std, out.data_ptr(), torch.get_num_threads(),
+        alpha, mean, std, out.data_ptr(),
     )  # fmt: skip
+    if served == "cuda":
+        with torch.cuda.device(images.device):
+            status = module.overlay_cuda(*arguments, _stream(images))
+    else:
+        status = module.overlay_cpu(*arguments, torch.get_num_threads())
     _raise(status, "overlay", images, heatmaps)

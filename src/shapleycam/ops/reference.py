@@ -66,7 +66,7 @@ def display_map(raw: Tensor, size: Sequence[int], renormalize: bool, dtype: torc
     if tuple(size) != tuple(maps.shape[1:]):
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[maps.ndim - 1]
         maps = F.interpolate(maps[:, None], tuple(size), mode=mode, align_corners=False)[:, 0]
-    maps = _unit(maps) if renormalize else maps
+    maps = (_unit(maps) if renormalize else maps).contiguous()
     if dtype == torch.uint8:
         return (maps.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
     return maps.to(dtype or maps.dtype)
