@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 from .capture import Capture, logits_of
 from .errors import DerivativeError, InputError
@@ -253,7 +254,8 @@ def reverse_over_reverse(request: Request) -> Derived:
 def _start(request: Request, capture: Capture, outputs: Any, engine: str) -> tuple[Derived, list[Tensor]]:
     logits = logits_of(outputs)
     targets, poison = place_targets(request.targets, logits, request.images.shape[0], request.images.device)
-    kept = outputs.detach() if isinstance(outputs, Tensor) else outputs
+    # What the caller keeps must not keep the head's graph alive.
+    kept = tree_map_only(Tensor, Tensor.detach, outputs)
     derived = Derived(kept, None if logits is None else logits.detach(), targets, request.terms(capture), engine, poison=poison)
     if request.order == 0:
         return derived, []

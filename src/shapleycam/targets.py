@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ def check_targets(targets: Any, batch: int, classes: int | None) -> None:
 
 
 def as_targets(targets: Any) -> Any:
-    """Lists and tuples of ints as a tensor; everything else as it is."""
-    if isinstance(targets, (list, tuple)):
+    """Sequences and NumPy values of integers as an int or a tensor; everything else as it is."""
+    if isinstance(targets, numbers.Integral) and not isinstance(targets, bool):
+        return int(targets)
+    if isinstance(targets, (list, tuple)) or hasattr(targets, "__array_interface__"):
         try:
             return torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError) as error:

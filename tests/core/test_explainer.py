@@ -4,6 +4,7 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ def test_targets(batch, head, method):
     two = explain(2)
     assert two.targets.tolist() == [2, 2, 2]
     assert torch.equal(two.raw, explain([2, 2, 2]).raw)
+    assert torch.equal(two.raw, explain(np.int64(2)).raw)
+    assert torch.equal(two.raw, explain(np.array([2, 2, 2])).raw)
     other = (predicted.targets + 1) % 5
     one = explain(other)
     both = explain(torch.stack((predicted.targets, other), 1))
@@ -292,6 +295,8 @@ def test_own_utility_and_own_outputs(batch):
 
     result = Explainer(Dict().eval())(batch)
     torch.testing.assert_close(result.raw, Explainer(toy())(batch).raw)
+    assert result.outputs["extra"] == 3
+    assert not result.outputs["logits"].requires_grad, "the caller would keep the head's graph alive"
     own = lambda outputs, targets: outputs["logits"].square().sum(1)
     assert Explainer(Dict().eval(), "inner.2", utility=own)(batch).finite.all()
 
