@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# make gpu: everything that needs a CUDA device, in under nine minutes, offline. One JSON and one table in $OUT.
+# A step that fails does not stop the ones after it; the exit status is 0 only if all of them passed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out="${OUT:-bench/results}"
+python="${GPU_PYTHON:-python3}"
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+work=$(mktemp -d "${TMPDIR:-/tmp}/shapleycam-gpu.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+failed=()
+
+step() { # name, seconds, command...
+  local name=$1 limit=$2
+  shift 2
+  printf '\n=== %s (at %d s)\n' "$name" "$SECONDS"
+  timeout "$limit" "$@" || failed+=("$name (status $?)")
+}
+
+"$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
+
+# Into a folder of its own: the machine's Python stays as it is.
+step "build" 180 env SHAPLEYCAM_BUILD=cuda "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index \
+  --target "$work/site" .
+((${#failed[@]})) && { echo "FAILED: ${failed[*]}"; exit 1; }
+export PYTHONPATH="$work/site:$PWD" PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+
+step "operator tests" 150 "$python" -m pytest tests/ops -q --junitxml="$out/gpu-tests.xml"
+
+if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
+  for tool in memcheck racecheck initcheck; do
+    step "compute-sanitizer $tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" tests/ops/gpu_small_set.py
+  done
+else
+  echo "compute-sanitizer was not found: the memory checks were NOT run."
+  failed+=("compute-sanitizer (not found)")
+fi
+
+left=$((510 - SECONDS))
+step "operator benchmarks" "$((left > 30 ? left : 30))" "$python" -m bench.ops --out "$out" --seconds "$((left > 60 ? left - 45 : 15))"
+
+printf '\n=== done (at %d s)\n' "$SECONDS"
+if ((${#failed[@]})); then
+  printf 'FAILED: %s\n' "${failed[@]}"
+  exit 1
+fi
+echo "all passed"

@@ -1,0 +1,262 @@
+// Throws arguments at the C ABI, good and bad, with heap buffers of exactly the size that the arguments claim. Under
+// AddressSanitizer any read or write beyond them ends the program; here, a bad argument must give a status and an untouched
+// output, and a good one SHAPLEYCAM_OK. Usage: abi_fuzz [rounds] [seed]
+#include <shapleycam.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace {
+
+std::mt19937_64 source;
+
+int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(source); }
+bool chance(int percent) { return draw(0, 99) < percent; }
+
+size_t bytes_of(int32_t dtype) {
+  const size_t sizes[] = {4, 8, 2, 2, 1};
+  return sizes[dtype];
+}
+
+// A buffer of exactly `bytes`, so that one byte more is seen.
+struct Buffer {
+  size_t bytes;
+  std::unique_ptr<uint8_t[]> data;
+  explicit Buffer(size_t size, int fill = -1) : bytes(size), data(new uint8_t[size]) {
+    for (size_t i = 0; i < size; ++i) data[i] = fill < 0 ? static_cast<uint8_t>(source()) : static_cast<uint8_t>(fill);
+  }
+  bool untouched() const {
+    for (size_t i = 0; i < bytes; ++i) {
+      if (data[i] != 0xA5) return false;
+    }
+    return true;
+  }
+};
+
+// A random layout of [n, c, s] with the buffer it needs: both orders, expanded dimensions, gaps.
+struct Tensor {
+  shapleycam_view view;
+  std::unique_ptr<Buffer> buffer;
+  Tensor(int64_t n, int64_t c, int64_t s, int32_t dtype) {
+    const int64_t gap = chance(30) ? 2 : 1;
+    int64_t sc, ss, sn;
+    if (chance(50)) {
+      ss = gap, sc = s * ss + draw(0, 2), sn = c * sc;
+    } else {
+      sc = gap, ss = c * sc + draw(0, 2), sn = s * ss;
+    }
+    if (chance(15)) ss = 0;
+    if (chance(15)) sn = 0;
+    const int64_t last = (n > 0 ? (n - 1) * sn : 0) + (c - 1) * sc + (s - 1) * ss;
+    buffer = std::make_unique<Buffer>(static_cast<size_t>(last + 1) * bytes_of(dtype));
+    view = {buffer->data.get(), dtype, sn, sc, ss};
+  }
+};
+
+int failures = 0;
+
+void expect(const char* what, bool good, int32_t status, const Buffer& out) {
+  const bool right = good ? status == SHAPLEYCAM_OK : status != SHAPLEYCAM_OK && out.untouched();
+  if (right) return;
+  ++failures;
+  std::fprintf(stderr, "%s: %s arguments gave '%s'\n", what, good ? "good" : "bad", shapleycam_status_text(status));
+}
+
+const int64_t kAbsurd[] = {-1, INT64_MIN, INT64_MAX, INT64_MAX / 2};
+
+void reduce() {
+  int64_t n = draw(0, 4), c = draw(1, 90), s = draw(1, 60), m = draw(0, 3);
+  const bool sum = chance(40);
+  const int32_t dtype = static_cast<int32_t>(draw(0, 3));
+  int32_t pooling = static_cast<int32_t>(draw(0, 5)), out_dtype = dtype == SHAPLEYCAM_FLOAT64 ? 1 : 0;
+  Tensor a(n, c, s, dtype), g(n, c, s, static_cast<int32_t>(draw(0, 3))), h(n, c, s, static_cast<int32_t>(draw(0, 3)));
+  const size_t element = bytes_of(out_dtype);
+  Buffer out(static_cast<size_t>(n * s * (sum ? m : 1)) * element, 0xA5), alpha(static_cast<size_t>(n * m * c) * element);
+  size_t room = sum ? shapleycam_channel_weighted_sum_workspace_cpu(n, c, s, m)
+                    : shapleycam_weighted_reduce_workspace_cpu(n, c, s, pooling);
+  Buffer workspace(room);
+  void *to = out.data.get(), *space = workspace.data.get();
+  const void* weights = alpha.data.get();
+  const shapleycam_view *va = &a.view, *vg = &g.view, *vh = chance(50) ? &h.view : nullptr;
+  bool good = true;
+  const bool empty = n == 0 || (sum && m == 0);  // then nothing but the extents is looked at
+  switch (chance(60) ? draw(0, 9) : -1) {
+    case 0: {
+      const int64_t extent = chance(50) ? 0 : kAbsurd[draw(0, 3)];
+      (chance(50) ? c : s) = extent;
+      good = n == 0 && extent > 0;  // no images: no elements, whatever the extents
+      break;
+    }
+    case 1:
+      n = kAbsurd[draw(0, 3)];
+      good = false;
+      break;
+    case 2:
+      to = nullptr;
+      good = empty;
+      break;
+    case 3:
+      va = nullptr;
+      good = empty;
+      break;
+    case 4:
+      a.view.dtype = chance(50) ? 4 : chance(50) ? -1 : 77;
+      good = empty;
+      break;
+    case 5:
+      out_dtype = out_dtype == 0 ? static_cast<int32_t>(draw(1, 4)) : 0;
+      good = empty;
+      break;
+    case 6:
+      if (room > 0) {
+        --room;
+        good = empty;
+      }
+      break;
+    case 7:
+      if (room > 0) {
+        space = nullptr;
+        good = empty;
+      }
+      break;
+    case 8:
+      a.view.data = static_cast<const uint8_t*>(a.view.data) + 1;
+      good = empty;
+      break;
+    case 9:
+      if (sum) {
+        weights = nullptr;
+        good = empty;
+      } else {
+        pooling = chance(50) ? -1 : 6;
+        good = false;
+      }
+      break;
+    default:
+      break;
+  }
+  const int32_t threads = static_cast<int32_t>(chance(10) ? draw(-3, 100) : draw(1, 3));
+  if (sum) {
+    expect("channel_weighted_sum", good,
+           shapleycam_channel_weighted_sum_cpu(va, weights, n, c, s, m, to, out_dtype, space, room, threads), out);
+  } else {
+    expect("weighted_reduce", good,
+           shapleycam_weighted_reduce_cpu(va, vg, vh, n, c, s, pooling, to, out_dtype, space, room, threads), out);
+  }
+}
+
+void display() {
+  int64_t n = draw(0, 3), from[3], to[3], read = n, written = n;
+  for (int i = 0; i < 3; ++i) {
+    from[i] = i == 0 && chance(60) ? 1 : draw(1, 9);
+    to[i] = chance(20) ? from[i] : draw(1, 20);
+    read *= from[i];
+    written *= to[i];
+  }
+  int32_t dtype = static_cast<int32_t>(draw(0, 1)), out_dtype = chance(50) ? dtype : chance(50) ? 2 : 4;
+  Buffer raw(static_cast<size_t>(read) * bytes_of(dtype)), out(static_cast<size_t>(written) * bytes_of(out_dtype), 0xA5);
+  const void* source_data = raw.data.get();
+  void* target = out.data.get();
+  bool good = true;
+  switch (chance(50) ? draw(0, 5) : -1) {
+    case 0:
+      (chance(50) ? from : to)[draw(0, 2)] = chance(50) ? 0 : kAbsurd[draw(0, 1)];
+      good = false;
+      break;
+    case 1:
+      n = kAbsurd[draw(0, 3)];
+      good = false;
+      break;
+    case 2:
+      dtype = chance(50) ? static_cast<int32_t>(draw(2, 4)) : -5;
+      good = false;
+      break;
+    case 3:
+      out_dtype = chance(50) ? 3 : 99;
+      good = false;
+      break;
+    case 4:
+      source_data = nullptr;
+      good = n == 0;
+      break;
+    case 5:
+      target = nullptr;
+      good = n == 0;
+      break;
+    default:
+      break;
+  }
+  expect("display_map", good,
+         shapleycam_display_map_cpu(source_data, dtype, n, from, to, chance(50), target, out_dtype,
+                                    static_cast<int32_t>(draw(0, 3))),
+         out);
+}
+
+void overlay() {
+  int64_t n = draw(1, 3), h = draw(1, 9), w = draw(1, 20);
+  int32_t dtype = static_cast<int32_t>(draw(0, 4));
+  const int64_t first[4] = {3 * h * w, h * w, w, 1}, last[4] = {3 * h * w, 1, 3 * w, 3};
+  const int64_t* strides = chance(50) ? first : last;
+  const size_t pixels = static_cast<size_t>(n * h * w);
+  Buffer images(pixels * 3 * bytes_of(dtype)), heat(pixels * 4), table(768), out(pixels * 3, 0xA5);
+  const float mean[3] = {0.4f, 0.5f, 0.6f}, std[3] = {0.2f, 0.3f, 0.25f};
+  const float *m = chance(50) ? mean : nullptr, *d = m != nullptr ? std : nullptr;
+  const float* heat_data = reinterpret_cast<const float*>(heat.data.get());
+  const uint8_t* colours = table.data.get();
+  uint8_t* target = out.data.get();
+  bool good = true;
+  switch (chance(50) ? draw(0, 6) : -1) {
+    case 0:
+      n = kAbsurd[draw(0, 3)];
+      good = false;
+      break;
+    case 1:
+      (chance(50) ? h : w) = kAbsurd[draw(0, 3)];
+      good = false;
+      break;
+    case 2:
+      dtype = chance(50) ? -1 : 5;
+      good = false;
+      break;
+    case 3:
+      heat_data = nullptr;
+      good = false;
+      break;
+    case 4:
+      colours = nullptr;
+      good = false;
+      break;
+    case 5:
+      target = nullptr;
+      good = false;
+      break;
+    case 6:
+      d = d == nullptr ? std : nullptr;
+      good = false;
+      break;
+    default:
+      break;
+  }
+  expect("overlay", good,
+         shapleycam_overlay_cpu(images.data.get(), dtype, n, h, w, strides, heat_data, colours, 0.5f, m, d, target,
+                                static_cast<int32_t>(draw(0, 3))),
+         out);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const long rounds = count > 1 ? std::strtol(arguments[1], nullptr, 10) : 20000;
+  source.seed(count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1);
+  for (long i = 0; i < rounds; ++i) {
+    reduce();
+    display();
+    overlay();
+  }
+  std::printf("%ld rounds, %d failures, %s\n", rounds, failures, shapleycam_cpu_variant());
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,29 @@
+"""A few calls of every CUDA kernel on awkward shapes, for compute-sanitizer; run by bench/gpu.sh, not by pytest."""
+
+import torch
+
+from shapleycam import ops
+from shapleycam.ops import contract
+
+
+def main() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for n, c, s in ((1, 33, 49), (3, 300, 7), (2, 5, 130)):
+            stored = [torch.rand(n, c, s, device="cuda").to(dtype) for _ in range(3)]
+            last = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in stored]
+            for a, g, h in (stored, last):
+                for pooling in contract.POOLINGS:
+                    out = ops.weighted_reduce(a, g, h, pooling, backend="cuda")
+                    expected = ops.weighted_reduce(a, g, h, pooling, backend="torch")
+                    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+                ops.channel_weighted_sum(a, torch.rand(n, 2, c, device="cuda"), backend="cuda")
+    raw = torch.randn(3, 7, 5, device="cuda")
+    heat = ops.display_map(raw, (19, 33), backend="cuda")
+    ops.display_map(raw.view(3, 1, 7, 5), (2, 8, 9), dtype=torch.uint8, backend="cuda")
+    ops.overlay(torch.rand(3, 3, 19, 33, device="cuda"), heat, backend="cuda")
+    torch.cuda.synchronize()
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()
