@@ -60,14 +60,70 @@ inline __m512 term(__m512 a, __m512 w) {
   return _mm512_mul_ps(w, a);
 }
 
+// A map of up to kHeld vectors is summed in registers: through memory, every masked store at a row's end would have to reach
+// the cache before the next channel could read it back.
+constexpr int kHeld = 14;  // 14 x 14 positions and more; leaves registers for the operands
+
+template <int kVectors>
+struct Held {
+  __m512 sum[kVectors];
+  __mmask16 end;
+  explicit Held(int64_t positions) : end(ends(positions - (kVectors - 1) * kLanes)) {
+    for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_setzero_ps();
+  }
+  // Calls add(v, load) for every vector of the row; load(p) reads 16 elements, zeros beyond the end.
+  template <typename I, typename Add>
+  inline void row(Add add) {
+    for (int v = 0; v < kVectors - 1; ++v) add(v, [](const typename I::Element* p) { return I::all(p); });
+    const __mmask16 m = end;
+    add(kVectors - 1, [m](const typename I::Element* p) { return I::some(p, m); });
+  }
+  void store(float* out) const {
+    for (int v = 0; v < kVectors - 1; ++v) _mm512_storeu_ps(out + v * kLanes, sum[v]);
+    _mm512_mask_storeu_ps(out + (kVectors - 1) * kLanes, end, sum[kVectors - 1]);
+  }
+};
+
+// Calls body(a Held of the right size) for a map that fits; false if it does not.
+template <int kVectors = 1, typename Body>
+inline bool held(int64_t positions, Body body) {
+  if constexpr (kVectors <= kHeld) {
+    if (positions <= kVectors * kLanes) {
+      body(Held<kVectors>(positions));
+      return true;
+    }
+    return held<kVectors + 1>(positions, body);
+  }
+  return false;
+}
+
 template <typename I, bool kSecond, int kPooling>
 void channels_first(const ReduceTask& t) {
   using E = typename I::Element;
   float* out = static_cast<float*>(t.out);
-  for (int64_t s = 0; s < t.positions; ++s) out[s] = 0;
   const auto run = [&](const shapleycam_view& v, int64_t c) {
     return static_cast<const E*>(v.data) + t.image * v.stride_n + c * v.stride_c;
   };
+  const bool small = held(t.positions, [&](auto map) {
+    for (int64_t c = t.first; c < t.first + t.channels; ++c) {
+      const E *a = run(t.a, c), *g = run(t.g, c), *h = kSecond ? run(t.h, c) : g;
+      if constexpr (kPooling == SHAPLEYCAM_MEAN) {
+        __m512 sum = _mm512_setzero_ps();
+        map.template row<I>(
+            [&](int v, auto load) { sum = _mm512_add_ps(sum, weight<kSecond>(load, g + v * kLanes, h + v * kLanes)); });
+        const __m512 alpha = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(t.positions));
+        map.template row<I>([&](int v, auto load) { map.sum[v] = _mm512_fmadd_ps(alpha, load(a + v * kLanes), map.sum[v]); });
+      } else {
+        map.template row<I>([&](int v, auto load) {
+          const __m512 w = weight<kSecond>(load, g + v * kLanes, h + v * kLanes);
+          map.sum[v] = _mm512_add_ps(map.sum[v], term<kPooling>(load(a + v * kLanes), w));
+        });
+      }
+    }
+    map.store(out);
+  });
+  if (small) return;
+  for (int64_t s = 0; s < t.positions; ++s) out[s] = 0;
   for (int64_t c = t.first; c < t.first + t.channels; ++c) {
     const E *a = run(t.a, c), *g = run(t.g, c), *h = kSecond ? run(t.h, c) : g;
     if constexpr (kPooling == SHAPLEYCAM_MEAN) {
@@ -151,7 +207,95 @@ bool pick_order(const ReduceTask& t, bool last) {
   return t.h.data != nullptr ? pick_row<I, true>(t, last) : pick_row<I, false>(t, last);
 }
 
+template <typename I>
+void sum_rows(const SumTask& t, bool last) {
+  using E = typename I::Element;
+  float* out = static_cast<float*>(t.out);
+  const float* alpha = static_cast<const float*>(t.alpha);
+  const E* base = static_cast<const E*>(t.a.data) + t.image * t.a.stride_n + t.first * t.a.stride_c;
+  if (last) {
+    for (int64_t s = 0; s < t.positions; ++s) {
+      const E* a = base + s * t.a.stride_s;
+      for (int64_t m = 0; m < t.rows; ++m) {
+        const float* weights = alpha + m * t.alpha_stride;
+        // Four sums at a time: one would wait for itself.
+        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        int64_t from = 0;
+        for (; from + 4 * kLanes <= t.channels; from += 4 * kLanes) {
+          for (int k = 0; k < 4; ++k) {
+            const int64_t i = from + k * kLanes;
+            sums[k] = _mm512_fmadd_ps(_mm512_loadu_ps(weights + i), I::all(a + i), sums[k]);
+          }
+        }
+        each<I>(t.channels - from, [&](int64_t i, auto load, __mmask16 mask) {
+          sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, weights + from + i), load(a + from + i), sums[0]);
+        });
+        out[m * t.out_stride + s] =
+            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+      }
+    }
+    return;
+  }
+  const bool small = held(t.positions, [&](auto fresh) {
+    for (int64_t m = 0; m < t.rows; ++m) {
+      auto map = fresh;
+      const float* weights = alpha + m * t.alpha_stride;
+      for (int64_t c = 0; c < t.channels; ++c) {
+        const E* a = base + c * t.a.stride_c;
+        const __m512 weight_of_row = _mm512_set1_ps(weights[c]);
+        map.template row<I>(
+            [&](int v, auto load) { map.sum[v] = _mm512_fmadd_ps(weight_of_row, load(a + v * kLanes), map.sum[v]); });
+      }
+      map.store(out + m * t.out_stride);
+    }
+  });
+  if (small) return;
+  for (int64_t m = 0; m < t.rows; ++m) {
+    for (int64_t s = 0; s < t.positions; ++s) out[m * t.out_stride + s] = 0;
+  }
+  // Four channels to a pass quarter the traffic of the map.
+  for (int64_t c = 0; c < t.channels; c += 4) {
+    const E* a[4];
+    for (int k = 0; k < 4; ++k) a[k] = base + (c + k < t.channels ? c + k : c) * t.a.stride_c;
+    for (int64_t m = 0; m < t.rows; ++m) {
+      __m512 weights[4];
+      for (int k = 0; k < 4; ++k) {
+        weights[k] = _mm512_set1_ps(c + k < t.channels ? alpha[m * t.alpha_stride + c + k] : 0.0f);
+      }
+      float* row = out + m * t.out_stride;
+      const int64_t live = t.channels - c < 4 ? t.channels - c : 4;
+      each<I>(t.positions, [&](int64_t i, auto load, __mmask16 mask) {
+        __m512 x = _mm512_maskz_loadu_ps(mask, row + i);
+        if (live == 4) {
+          for (int k = 0; k < 4; ++k) x = _mm512_fmadd_ps(weights[k], load(a[k] + i), x);
+        } else {
+          for (int64_t k = 0; k < live; ++k) x = _mm512_fmadd_ps(weights[k], load(a[k] + i), x);
+        }
+        _mm512_mask_storeu_ps(row + i, mask, x);
+      });
+    }
+  }
+}
+
 // Whether the task was one of these; then it is done.
+inline bool sum(const SumTask& t) {
+  const bool first = t.a.stride_s == 1, last = t.a.stride_c == 1;
+  if (!first && !last) return false;
+  switch (t.a.dtype) {
+    case SHAPLEYCAM_FLOAT32:
+      sum_rows<In<float32_tag>>(t, !first);
+      return true;
+    case SHAPLEYCAM_FLOAT16:
+      sum_rows<In<float16_tag>>(t, !first);
+      return true;
+    case SHAPLEYCAM_BFLOAT16:
+      sum_rows<In<bfloat16_tag>>(t, !first);
+      return true;
+    default:
+      return false;
+  }
+}
+
 inline bool reduce(const ReduceTask& t) {
   const bool second = t.h.data != nullptr;
   if (t.g.dtype != t.a.dtype || (second && t.h.dtype != t.a.dtype)) return false;

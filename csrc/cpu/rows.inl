@@ -270,6 +270,11 @@ void reduce(const ReduceTask& t) {
 
 template <typename T>
 void sum(const SumTask& t) {
+#if defined(SHAPLEYCAM_INTRINSICS)
+  if constexpr (sizeof(T) == 4) {
+    if (fast::sum(t)) return;
+  }
+#endif
   alignas(64) T scratch[kBlock];
   T* out = static_cast<T*>(t.out);
   const T* alpha = static_cast<const T*>(t.alpha);
