@@ -65,6 +65,33 @@ inline int32_t check_workspace(const void* workspace, size_t given, size_t neede
   return SHAPLEYCAM_OK;
 }
 
+// Everything weighted_reduce can check; `needed` is the workspace in bytes. With n = 0 the pointers may be anything.
+inline int32_t check_reduce(const shapleycam_view* activations, const shapleycam_view* gradient, const shapleycam_view* hvp,
+                            int64_t n, int64_t c, int64_t s, int32_t pooling, const void* out, int32_t out_dtype,
+                            const void* workspace, size_t given, size_t needed) {
+  int32_t status = check_extents(n, c, s, 1);
+  if (status != SHAPLEYCAM_OK) return status;
+  if (pooling < SHAPLEYCAM_MEAN || pooling > SHAPLEYCAM_PLUSPLUS) return SHAPLEYCAM_BAD_POOLING;
+  if (n == 0) return SHAPLEYCAM_OK;
+  if ((status = check_floats(activations)) != SHAPLEYCAM_OK) return status;
+  if ((status = check_floats(gradient)) != SHAPLEYCAM_OK) return status;
+  if (hvp != nullptr && (status = check_floats(hvp)) != SHAPLEYCAM_OK) return status;
+  if ((status = check_out(out, out_dtype, activations->dtype)) != SHAPLEYCAM_OK) return status;
+  return check_workspace(workspace, given, needed);
+}
+
+// The same for channel_weighted_sum.
+inline int32_t check_sum(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c, int64_t s, int64_t m,
+                         const void* out, int32_t out_dtype, const void* workspace, size_t given, size_t needed) {
+  int32_t status = check_extents(n, c, s, m);
+  if (status != SHAPLEYCAM_OK || n == 0 || m == 0) return status;
+  if ((status = check_floats(activations)) != SHAPLEYCAM_OK) return status;
+  if ((status = check_out(out, out_dtype, activations->dtype)) != SHAPLEYCAM_OK) return status;
+  const shapleycam_view weights = {alpha, out_dtype, 0, 0, 0};
+  if ((status = check_view(&weights)) != SHAPLEYCAM_OK) return status;
+  return check_workspace(workspace, given, needed);
+}
+
 inline bool volume_fits(const int64_t extents[3], int64_t n) {
   int64_t total = n > 0 ? n : 1;
   for (int i = 0; i < 3; ++i) {

@@ -89,14 +89,9 @@ size_t shapleycam_weighted_reduce_workspace_cpu(int64_t n, int64_t c, int64_t s,
 int32_t shapleycam_weighted_reduce_cpu(const shapleycam_view* activations, const shapleycam_view* gradient,
                                        const shapleycam_view* hvp, int64_t n, int64_t c, int64_t s, int32_t pooling, void* out,
                                        int32_t out_dtype, void* workspace, size_t workspace_size, int32_t threads) {
-  SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, 1));
-  if (pooling < SHAPLEYCAM_MEAN || pooling > SHAPLEYCAM_PLUSPLUS) return SHAPLEYCAM_BAD_POOLING;
+  SHAPLEYCAM_RETURN_IF(check_reduce(activations, gradient, hvp, n, c, s, pooling, out, out_dtype, workspace, workspace_size,
+                                    partial_bytes(n, c, s, 1)));
   if (n == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_floats(activations));
-  SHAPLEYCAM_RETURN_IF(check_floats(gradient));
-  if (hvp != nullptr) SHAPLEYCAM_RETURN_IF(check_floats(hvp));
-  SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
-  SHAPLEYCAM_RETURN_IF(check_workspace(workspace, workspace_size, partial_bytes(n, c, s, 1)));
   const bool wide = out_dtype == SHAPLEYCAM_FLOAT64;
   const int64_t element = wide ? 8 : 4;
   const Split split = split_of(n, c);
@@ -133,13 +128,9 @@ size_t shapleycam_channel_weighted_sum_workspace_cpu(int64_t n, int64_t c, int64
 int32_t shapleycam_channel_weighted_sum_cpu(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c,
                                             int64_t s, int64_t m, void* out, int32_t out_dtype, void* workspace,
                                             size_t workspace_size, int32_t threads) {
-  SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, m));
+  SHAPLEYCAM_RETURN_IF(
+      check_sum(activations, alpha, n, c, s, m, out, out_dtype, workspace, workspace_size, partial_bytes(n, c, s, m)));
   if (n == 0 || m == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_floats(activations));
-  SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
-  const shapleycam_view weights = {alpha, out_dtype, 0, 0, 0};
-  SHAPLEYCAM_RETURN_IF(check_view(&weights));
-  SHAPLEYCAM_RETURN_IF(check_workspace(workspace, workspace_size, partial_bytes(n, c, s, m)));
   const bool wide = out_dtype == SHAPLEYCAM_FLOAT64;
   const int64_t element = wide ? 8 : 4;
   const Split split = split_of(n, c);

@@ -307,14 +307,9 @@ size_t shapleycam_weighted_reduce_workspace_cuda(int64_t n, int64_t c, int64_t s
 int32_t shapleycam_weighted_reduce_cuda(const shapleycam_view* activations, const shapleycam_view* gradient,
                                         const shapleycam_view* hvp, int64_t n, int64_t c, int64_t s, int32_t pooling, void* out,
                                         int32_t out_dtype, void* workspace, size_t workspace_size, void* stream) {
-  SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, 1));
-  if (pooling < SHAPLEYCAM_MEAN || pooling > SHAPLEYCAM_PLUSPLUS) return SHAPLEYCAM_BAD_POOLING;
+  SHAPLEYCAM_RETURN_IF(check_reduce(activations, gradient, hvp, n, c, s, pooling, out, out_dtype, workspace, workspace_size,
+                                    partial_bytes(n, c, s, 1)));
   if (n == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_floats(activations));
-  SHAPLEYCAM_RETURN_IF(check_floats(gradient));
-  if (hvp != nullptr) SHAPLEYCAM_RETURN_IF(check_floats(hvp));
-  SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
-  SHAPLEYCAM_RETURN_IF(check_workspace(workspace, workspace_size, partial_bytes(n, c, s, 1)));
   const auto on = static_cast<cudaStream_t>(stream);
   return (out_dtype == SHAPLEYCAM_FLOAT64 ? reduce<double> : reduce<float>)(activations, gradient, hvp, n, c, s, pooling, out,
                                                                             workspace, on);
@@ -327,13 +322,9 @@ size_t shapleycam_channel_weighted_sum_workspace_cuda(int64_t n, int64_t c, int6
 int32_t shapleycam_channel_weighted_sum_cuda(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c,
                                              int64_t s, int64_t m, void* out, int32_t out_dtype, void* workspace,
                                              size_t workspace_size, void* stream) {
-  SHAPLEYCAM_RETURN_IF(check_extents(n, c, s, m));
+  SHAPLEYCAM_RETURN_IF(
+      check_sum(activations, alpha, n, c, s, m, out, out_dtype, workspace, workspace_size, partial_bytes(n, c, s, m)));
   if (n == 0 || m == 0) return SHAPLEYCAM_OK;
-  SHAPLEYCAM_RETURN_IF(check_floats(activations));
-  SHAPLEYCAM_RETURN_IF(check_out(out, out_dtype, activations->dtype));
-  const shapleycam_view weights = {alpha, out_dtype, 0, 0, 0};
-  SHAPLEYCAM_RETURN_IF(check_view(&weights));
-  SHAPLEYCAM_RETURN_IF(check_workspace(workspace, workspace_size, partial_bytes(n, c, s, m)));
   const auto on = static_cast<cudaStream_t>(stream);
   return (out_dtype == SHAPLEYCAM_FLOAT64 ? sum<double> : sum<float>)(activations, alpha, n, c, s, m, out, workspace, on);
 }
