@@ -222,7 +222,7 @@ Plan plan_of(int64_t n, int64_t c) {
 }
 
 size_t partial_bytes(int64_t n, int64_t c, int64_t s, int64_t m) {
-  if (check_extents(n, c, s, m) != SHAPLEYCAM_OK) return 0;
+  if (n == 0 || check_extents(n, c, s, m) != SHAPLEYCAM_OK) return 0;
   const int64_t pieces = plan_of(n, c).pieces;
   int64_t bytes = 0;
   if (pieces == 1 || overflows(n * pieces, m, &bytes) || overflows(bytes, s * 8, &bytes)) return 0;
