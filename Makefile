@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.inl' 2>/dev/null)
+CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench picture ci clean

@@ -62,6 +62,42 @@ int32_t display_cpu(uintptr_t raw, int32_t dtype, int64_t n, const Extents& from
                                     threads);
 }
 
+int32_t rows_cpu(uintptr_t logits, int32_t dtype, int64_t stride, uintptr_t bias, int32_t bias_dtype, uintptr_t targets,
+                 int64_t n, int64_t m, int64_t k, int32_t utility, int32_t order, double scale, uintptr_t rows,
+                 int32_t out_dtype, int32_t threads) {
+  const py::gil_scoped_release release;
+  return shapleycam_utility_rows_cpu(pointer(logits), dtype, stride, pointer(bias), bias_dtype,
+                                     static_cast<const int64_t*>(pointer(targets)), n, m, k, utility, order, scale,
+                                     pointer(rows), out_dtype, threads);
+}
+
+int32_t rows_cuda(uintptr_t logits, int32_t dtype, int64_t stride, uintptr_t bias, int32_t bias_dtype, uintptr_t targets,
+                  int64_t n, int64_t m, int64_t k, int32_t utility, int32_t order, double scale, uintptr_t rows,
+                  int32_t out_dtype, uintptr_t stream) {
+  const py::gil_scoped_release release;
+  return shapleycam_utility_rows_cuda(pointer(logits), dtype, stride, pointer(bias), bias_dtype,
+                                      static_cast<const int64_t*>(pointer(targets)), n, m, k, utility, order, scale,
+                                      pointer(rows), out_dtype, pointer(stream));
+}
+
+int32_t maps_cpu(const Described& a, uintptr_t alpha, int64_t n, int64_t c, int64_t m, const Extents& from, const Extents& to,
+                 bool renormalize, uintptr_t raw, int32_t raw_dtype, uintptr_t maps, int32_t maps_dtype, uintptr_t workspace,
+                 size_t size, int32_t threads) {
+  const shapleycam_view va = view_of(a);
+  const py::gil_scoped_release release;
+  return shapleycam_class_maps_cpu(&va, pointer(alpha), n, c, m, from.data(), to.data(), renormalize, pointer(raw), raw_dtype,
+                                   pointer(maps), maps_dtype, pointer(workspace), size, threads);
+}
+
+int32_t maps_cuda(const Described& a, uintptr_t alpha, int64_t n, int64_t c, int64_t m, const Extents& from, const Extents& to,
+                  bool renormalize, uintptr_t raw, int32_t raw_dtype, uintptr_t maps, int32_t maps_dtype, uintptr_t workspace,
+                  size_t size, uintptr_t stream) {
+  const shapleycam_view va = view_of(a);
+  const py::gil_scoped_release release;
+  return shapleycam_class_maps_cuda(&va, pointer(alpha), n, c, m, from.data(), to.data(), renormalize, pointer(raw), raw_dtype,
+                                    pointer(maps), maps_dtype, pointer(workspace), size, pointer(stream));
+}
+
 int32_t overlay_cpu(uintptr_t images, int32_t dtype, int64_t n, int64_t height, int64_t width,
                     const std::array<int64_t, 4>& strides, uintptr_t heatmaps, uintptr_t table, float alpha,
                     const std::optional<std::array<float, 3>>& mean, const std::optional<std::array<float, 3>>& std,
@@ -94,7 +130,8 @@ int32_t overlay_cuda(uintptr_t images, int32_t dtype, int64_t n, int64_t height,
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  const std::vector<const char*> operators = {"weighted_reduce", "channel_weighted_sum", "display_map", "overlay"};
+  const std::vector<const char*> operators = {"weighted_reduce", "channel_weighted_sum", "utility_rows",
+                                              "class_maps",      "display_map",          "overlay"};
   module.attr("cpu_operators") = operators;
 #if defined(SHAPLEYCAM_WITH_CUDA)
   module.attr("has_cuda") = true;
@@ -109,12 +146,16 @@ PYBIND11_MODULE(_native, module) {
   module.def("weighted_reduce_cpu", &reduce_cpu);
   module.def("channel_weighted_sum_workspace_cpu", &shapleycam_channel_weighted_sum_workspace_cpu);
   module.def("channel_weighted_sum_cpu", &sum_cpu);
+  module.def("utility_rows_cpu", &rows_cpu);
+  module.def("class_maps_cpu", &maps_cpu);
   module.def("display_map_cpu", &display_cpu);
   module.def("overlay_cpu", &overlay_cpu);
   module.def("weighted_reduce_workspace_cuda", &shapleycam_weighted_reduce_workspace_cuda);
   module.def("weighted_reduce_cuda", &reduce_cuda);
   module.def("channel_weighted_sum_workspace_cuda", &shapleycam_channel_weighted_sum_workspace_cuda);
   module.def("channel_weighted_sum_cuda", &sum_cuda);
+  module.def("utility_rows_cuda", &rows_cuda);
+  module.def("class_maps_cuda", &maps_cuda);
   module.def("display_map_cuda", &display_cuda);
   module.def("overlay_cuda", &overlay_cuda);
 }

@@ -116,6 +116,39 @@ inline int32_t check_display(const void* raw, int32_t dtype, int64_t n, const in
   return status != SHAPLEYCAM_OK ? status : check_pointer(out, out_dtype);
 }
 
+inline int32_t check_rows(const void* logits, int32_t dtype, const void* bias, int32_t bias_dtype, const int64_t* targets,
+                          int64_t n, int64_t m, int64_t k, int64_t stride, int32_t utility, int32_t order, const void* rows,
+                          int32_t out_dtype) {
+  int64_t last = 0;
+  int32_t status = check_extents(n, k, 1, m);
+  if (status != SHAPLEYCAM_OK) return status;
+  if (stride < 0 || overflows(n, stride, &last) || last > INT64_MAX / 16) return SHAPLEYCAM_BAD_SHAPE;
+  if (utility < SHAPLEYCAM_LOGIT || utility > SHAPLEYCAM_REST || order < 1 || order > 2) return SHAPLEYCAM_BAD_UTILITY;
+  if (n == 0 || m == 0) return SHAPLEYCAM_OK;
+  const shapleycam_view z = {logits, dtype, 0, 0, 0}, b = {bias, bias_dtype, 0, 0, 0};
+  if ((status = check_floats(&z)) != SHAPLEYCAM_OK) return status;
+  if (bias != nullptr && (status = check_floats(&b)) != SHAPLEYCAM_OK) return status;
+  if (targets == nullptr) return SHAPLEYCAM_NULL_POINTER;
+  if (reinterpret_cast<uintptr_t>(targets) % sizeof(int64_t) != 0) return SHAPLEYCAM_BAD_ALIGNMENT;
+  return check_out(rows, out_dtype, dtype);
+}
+
+// class_maps: everything its two parts check, before either runs; `s` receives the number of positions.
+inline int32_t check_maps(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c, int64_t m,
+                          const int64_t* from, const int64_t* to, const void* raw, int32_t raw_dtype, const void* maps,
+                          int32_t maps_dtype, int64_t* s) {
+  if (from == nullptr || to == nullptr) return SHAPLEYCAM_NULL_POINTER;
+  int64_t images = 0;
+  if (n < 0 || m < 0 || overflows(n, m, &images)) return SHAPLEYCAM_BAD_SHAPE;
+  // An empty batch has no maps, but its extents are looked at all the same.
+  const int32_t status = check_display(raw, raw_dtype, images, from, to, maps, maps_dtype);
+  if (status != SHAPLEYCAM_OK) return status;
+  *s = from[0] * from[1] * from[2];
+  if (check_extents(n, c, *s, m) != SHAPLEYCAM_OK) return SHAPLEYCAM_BAD_SHAPE;
+  if (images == 0) return SHAPLEYCAM_OK;
+  return check_sum(activations, alpha, n, c, *s, m, raw, raw_dtype, nullptr, 0, 0);
+}
+
 inline int32_t check_overlay(const void* images, int32_t dtype, int64_t n, int64_t height, int64_t width,
                              const int64_t* strides, const float* heatmaps, const uint8_t* table, const float* mean,
                              const float* std, const uint8_t* out) {

@@ -1,11 +1,13 @@
 """Triton kernels, installed as ``shapleycam.kernels``; one file per operator. Importing this imports Triton."""
 
 from .channel_weighted_sum import channel_weighted_sum
+from .class_maps import class_maps
 from .display_map import display_map
 from .overlay import overlay
+from .utility_rows import utility_rows
 from .weighted_reduce import weighted_reduce
 
 #: What is implemented here, as the ladder of backends reads it.
-OPERATORS = ("weighted_reduce", "channel_weighted_sum", "display_map", "overlay")
+OPERATORS = ("weighted_reduce", "channel_weighted_sum", "utility_rows", "class_maps", "display_map", "overlay")
 
-__all__ = ["OPERATORS", "channel_weighted_sum", "display_map", "overlay", "weighted_reduce"]
+__all__ = ["OPERATORS", "channel_weighted_sum", "class_maps", "display_map", "overlay", "utility_rows", "weighted_reduce"]

@@ -6,6 +6,8 @@ that stays in cache, where storing and reading it back would cost memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -62,16 +64,14 @@ def _value(raw, flat, d, h, w, H, W, scale_z, scale_y, scale_x, low, scale, mask
 
 
 @triton.jit
-def _kernel(
+def display_one(
     raw, out,
     d, h, w, D, H, W, scale_z, scale_y, scale_x,
     RENORMALIZE: tl.constexpr, DEEP: tl.constexpr, BYTES: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
+    """The display form of the map at ``raw``, written to ``out``."""
     count = d * h * w
     total = D * H * W
-    raw += n * count
-    out += n * total
     lane = tl.arange(0, BLOCK)
     # Lanes beyond the end repeat the first value: it changes no extent.
     least = tl.load(raw + lane * 0).to(ACC)
@@ -112,13 +112,32 @@ def _kernel(
         tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _kernel(
+    raw, out,
+    d, h, w, D, H, W, scale_z, scale_y, scale_x,
+    RENORMALIZE: tl.constexpr, DEEP: tl.constexpr, BYTES: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    display_one(
+        raw + n * (d * h * w), out + n * (D * H * W), d, h, w, D, H, W, scale_z, scale_y, scale_x,
+        RENORMALIZE, DEEP, BYTES, ACC, BLOCK,
+    )  # fmt: skip
+
+
+def shape_arguments(grid: Sequence[int], size: Sequence[int]) -> tuple[tuple[float, ...], bool]:
+    """(d, h, w, D, H, W and the three scales) for up to three dimensions, and whether there are three."""
+    d, h, w = (1,) * (3 - len(grid)) + tuple(grid)
+    D, H, W = (1,) * (3 - len(size)) + tuple(size)
+    return (d, h, w, D, H, W, d / D, h / H, w / W), d > 1 or D > 1
+
+
 def display_map(raw: Tensor, renormalize: bool, out: Tensor) -> None:
     """Fill ``out`` [N, *size] (the dtype of ``raw``, float16 or uint8) from contiguous ``raw`` [N, *grid]."""
-    d, h, w = (1,) * (4 - raw.ndim) + tuple(raw.shape[1:])
-    D, H, W = (1,) * (4 - out.ndim) + tuple(out.shape[1:])
+    shape, deep = shape_arguments(raw.shape[1:], out.shape[1:])
     acc = tl.float64 if raw.dtype == torch.float64 else tl.float32
     _kernel[(raw.shape[0],)](
-        raw, out, d, h, w, D, H, W, d / D, h / H, w / W,
-        RENORMALIZE=renormalize, DEEP=d > 1 or D > 1, BYTES=out.dtype == torch.uint8, ACC=acc,
-        BLOCK=min(1024, triton.next_power_of_2(D * H * W)), num_warps=8,
+        raw, out, *shape,
+        RENORMALIZE=renormalize, DEEP=deep, BYTES=out.dtype == torch.uint8, ACC=acc,
+        BLOCK=min(1024, triton.next_power_of_2(out[0].numel())), num_warps=8,
     )  # fmt: skip

@@ -77,6 +77,8 @@ const char* shapleycam_status_text(int32_t status) {
       return "this build does not implement the call";
     case SHAPLEYCAM_LAUNCH_FAILED:
       return "CUDA refused the launch";
+    case SHAPLEYCAM_BAD_UTILITY:
+      return "an unknown utility, or an order that is not 1 or 2";
     default:
       return "unknown status";
   }

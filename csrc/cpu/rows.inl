@@ -319,12 +319,14 @@ void add(void* out, const void* parts, int64_t count, int64_t parts_count, int64
 }  // namespace shapleycam
 
 #include "display.inl"
+#include "utility.inl"
 
 namespace shapleycam {
 namespace SHAPLEYCAM_ARCH {
 
-constexpr Kernels kKernels = {SHAPLEYCAM_ARCH_NAME, reduce<float>, reduce<double>, sum<float>,      sum<double>,
-                              add<float>,           add<double>,   display<float>, display<double>, overlay};
+constexpr Kernels kKernels = {SHAPLEYCAM_ARCH_NAME, reduce<float>,  reduce<double>,  sum<float>,
+                              sum<double>,          add<float>,     add<double>,     utility_rows<float>,
+                              utility_rows<double>, display<float>, display<double>, overlay};
 
 }  // namespace SHAPLEYCAM_ARCH
 }  // namespace shapleycam

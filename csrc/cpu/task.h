@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../include/shapleycam.h"
+#include "../utility.h"
 
 namespace shapleycam {
 
@@ -22,6 +23,15 @@ struct SumTask {
   int64_t image, first, channels, positions, rows;
   void* out;  // row m starts at out + m * out_stride
   int64_t out_stride;
+};
+
+struct RowsTask {
+  shapleycam_view logits, bias;  // of one image: [1, 1, k]; bias.data is null where there is none
+  const int64_t* targets;        // [m]
+  int64_t m, k;
+  int32_t utility, order;
+  double scale;
+  void* rows;  // [m, k], of the accumulation type
 };
 
 struct DisplayTask {
@@ -51,6 +61,8 @@ struct Kernels {
   void (*sum_f64)(const SumTask&);
   void (*add_f32)(void* out, const void* parts, int64_t count, int64_t parts_count, int64_t stride);
   void (*add_f64)(void* out, const void* parts, int64_t count, int64_t parts_count, int64_t stride);
+  void (*rows_f32)(const RowsTask&);
+  void (*rows_f64)(const RowsTask&);
   void (*display_f32)(const DisplayTask&);
   void (*display_f64)(const DisplayTask&);
   void (*overlay)(const OverlayTask&);

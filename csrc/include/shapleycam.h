@@ -34,7 +34,8 @@ typedef enum shapleycam_status {
   SHAPLEYCAM_SMALL_WORKSPACE = 5, /* the workspace is smaller than the query said */
   SHAPLEYCAM_BAD_ALIGNMENT = 6,   /* a pointer is not aligned to its element, or the workspace not to 16 bytes */
   SHAPLEYCAM_UNSUPPORTED = 7,     /* this build does not implement the call */
-  SHAPLEYCAM_LAUNCH_FAILED = 8    /* CUDA refused the launch; see cudaGetLastError in the caller's context */
+  SHAPLEYCAM_LAUNCH_FAILED = 8,   /* CUDA refused the launch; see cudaGetLastError in the caller's context */
+  SHAPLEYCAM_BAD_UTILITY = 9      /* an unknown utility, or an order that is not 1 or 2 */
 } shapleycam_status;
 
 typedef enum shapleycam_dtype {
@@ -54,6 +55,14 @@ typedef enum shapleycam_pooling {
   SHAPLEYCAM_POSITIVE_GRADIENT = 4, /* sum_c max(w, 0) A */
   SHAPLEYCAM_PLUSPLUS = 5           /* a_c = sum_s max(w,0) w^2 / (2 w^2 + w^3 sum_s A + 1e-6), 0 where w = 0; sum_c a_c A */
 } shapleycam_pooling;
+
+/* Utilities in the logits z, with p = softmax(z) and the explained class c. */
+typedef enum shapleycam_utility {
+  SHAPLEYCAM_LOGIT = 0,           /* z_c */
+  SHAPLEYCAM_PROBABILITY = 1,     /* p_c */
+  SHAPLEYCAM_LOG_PROBABILITY = 2, /* ln p_c */
+  SHAPLEYCAM_REST = 3             /* z_c + ln p_c */
+} shapleycam_utility;
 
 /* A strided [N, C, S] view; the extents are passed once per call. */
 typedef struct shapleycam_view {
@@ -101,6 +110,22 @@ SHAPLEYCAM_API int32_t shapleycam_overlay_cpu(const void* images, int32_t dtype,
                                               const int64_t* strides, const float* heatmaps, const uint8_t* table, float alpha,
                                               const float* mean, const float* std, uint8_t* out, int32_t threads);
 
+/* For a head that is z = W mean_s(A) + b: rows[n, m, k] = scale (U' - U'' (z - b) / 2), the weights of the logits, whose
+ * product with W is the Shapley weight of every channel (order 2); with order 1 only scale U'. `logits` is [n, k], `stride`
+ * elements from one row to the next; `bias` is [k] of its own dtype, or null; `targets` is [n, m], and a row whose target is
+ * not in [0, k) is NaN. `rows` is contiguous, of the accumulation type. */
+SHAPLEYCAM_API int32_t shapleycam_utility_rows_cpu(const void* logits, int32_t dtype, int64_t stride, const void* bias,
+                                                   int32_t bias_dtype, const int64_t* targets, int64_t n, int64_t m, int64_t k,
+                                                   int32_t utility, int32_t order, double scale, void* rows, int32_t out_dtype,
+                                                   int32_t threads);
+
+/* channel_weighted_sum and display_map in one: raw[n, m, from...] as the former, maps[n, m, to...] as the latter makes of it.
+ * The workspace is that of channel_weighted_sum with s = from[0] from[1] from[2]. */
+SHAPLEYCAM_API int32_t shapleycam_class_maps_cpu(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c,
+                                                 int64_t m, const int64_t* from, const int64_t* to, int32_t renormalize,
+                                                 void* raw, int32_t raw_dtype, void* maps, int32_t maps_dtype, void* workspace,
+                                                 size_t workspace_size, int32_t threads);
+
 /* The same on a CUDA device, ordered on `stream` (a cudaStream_t, null for the default one), without synchronisation and
  * without allocation, so that a CUDA graph can capture the call. Data pointers are device pointers on the current device;
  * extents, strides, mean and std are read on the host. In a build without CUDA these return SHAPLEYCAM_UNSUPPORTED. */
@@ -124,6 +149,17 @@ SHAPLEYCAM_API int32_t shapleycam_display_map_cuda(const void* raw, int32_t dtyp
 SHAPLEYCAM_API int32_t shapleycam_overlay_cuda(const void* images, int32_t dtype, int64_t n, int64_t height, int64_t width,
                                                const int64_t* strides, const float* heatmaps, const uint8_t* table, float alpha,
                                                const float* mean, const float* std, uint8_t* out, void* stream);
+
+SHAPLEYCAM_API int32_t shapleycam_utility_rows_cuda(const void* logits, int32_t dtype, int64_t stride, const void* bias,
+                                                    int32_t bias_dtype, const int64_t* targets, int64_t n, int64_t m, int64_t k,
+                                                    int32_t utility, int32_t order, double scale, void* rows, int32_t out_dtype,
+                                                    void* stream);
+
+/* One launch where the activations of an image are small or the images many, else as many as its two parts. */
+SHAPLEYCAM_API int32_t shapleycam_class_maps_cuda(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c,
+                                                  int64_t m, const int64_t* from, const int64_t* to, int32_t renormalize,
+                                                  void* raw, int32_t raw_dtype, void* maps, int32_t maps_dtype, void* workspace,
+                                                  size_t workspace_size, void* stream);
 
 #ifdef __cplusplus
 }

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
+from . import ops
 from .capture import Capture, logits_of
 from .errors import DerivativeError, InputError
 from .layers import same_tensor
@@ -83,6 +84,8 @@ class Request:
     copy: bool
     baseline: bool = False
     trial: bool = False  # also look for operators that would silently cut the second derivative off
+    combined: bool = False  # only w = g - HA/2 is wanted: an engine may give it in the place of g, with hvps of None
+    backend: str = "auto"
 
     def capture(self, **options: Any) -> Capture:
         return Capture(self.model, self.layers, copy=self.copy, **options)
@@ -131,18 +134,34 @@ def _closed_form_terms(request: Request, capture: Capture, linear: nn.Linear, ou
     [term] = terms
     targets, poison = place_targets(request.targets, logits, logits.shape[0], logits.device)
     assert targets is not None
-    z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-    weight = linear.weight.to(z.dtype)
-    z0 = z if linear.bias is None else z - linear.bias.to(z.dtype)
-    positions = max(term.activations.shape[2], 1)
-    gradient, hvp = (_dense_rows if not request.utility.named else _named_rows)(request, z, z0, weight, targets)
     derived = Derived(outputs, logits, targets, terms, "closed_form", poison=poison)
+    positions = max(term.activations.shape[2], 1)
+    bias = linear.bias
+    hvp: Tensor | None = None
+    if request.combined and request.utility.named:
+        rows = ops.utility_rows(
+            logits,
+            targets,
+            bias,
+            utility=request.utility.name,
+            order=request.order,
+            scale=1 / positions,
+            backend=request.backend,
+        )
+        gradient = rows @ linear.weight.to(rows.dtype)
+    else:
+        z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        z0 = z if bias is None else z - bias.to(z.dtype)
+        engine = _named_rows if request.utility.named else _dense_rows
+        gradient, hvp = engine(request, z, z0, linear.weight.to(z.dtype), targets)
+        gradient = gradient / positions
+        hvp = None if hvp is None else hvp / positions
     for m in range(targets.shape[1]):
-        term.gradients.append((gradient[:, m] / positions)[:, :, None])
-        term.hvps.append(None if hvp is None else (hvp[:, m] / positions)[:, :, None])
+        term.gradients.append(gradient[:, m, :, None])
+        term.hvps.append(None if hvp is None else hvp[:, m, :, None])
     if request.baseline:
         derived.value = torch.stack(_values(request, outputs, targets), 1)
-        zero = (z - z0).expand_as(z).to(logits.dtype)
+        zero = torch.zeros_like(logits) if bias is None else bias.to(logits.dtype).expand_as(logits)
         derived.baseline = torch.stack(_values(request, zero, targets), 1)
     return derived
 

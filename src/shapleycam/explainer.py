@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Explainer:
             raise InputError(f"Unknown backend {backend!r}: expected 'auto', {', '.join(map(repr, ops.ORDER))}.")
         self.engine, self.backend = engine, backend
         named = None if isinstance(layer, str) and layer == "auto" else tuple(named_layers(model, layer))
-        self._wishes = Wishes(model, named, self.method, self.utility, engine, layout, token_facts(model))
+        self._wishes = Wishes(model, named, self.method, self.utility, engine, layout, token_facts(model), backend)
         self._modal = tuple((name, module) for name, module in model.named_modules() if _depends_on_mode(module))
         self._plan: Plan | None = None
         self._lock = threading.RLock()
@@ -122,14 +123,16 @@ class Explainer:
         self._check(images, targets)
         plan = self._plan or self.prepare(images)
         with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
+            # The norms are those of g and HA; the maps and the gap need their combination only.
+            request = partial(self._wishes.request, images=images, targets=targets, baseline=with_gap, combined=not with_norms)
             try:
-                derived = derive(plan, self._wishes.request(plan, images, targets, with_gap))
+                derived = derive(plan, request(plan))
             except HeadChanged:
                 # The model was edited since the plan was made: look again, once.
                 with self._lock:
                     self._plan = None
                 plan = self.prepare(images)
-                derived = derive(plan, self._wishes.request(plan, images, targets, with_gap))
+                derived = derive(plan, request(plan))
             return self._finish(plan, derived, images, targets, with_norms, with_gap)
 
     def prepare(self, images: Tensor) -> Plan:

@@ -65,9 +65,12 @@ class Wishes:
     layout: str | Layout
     #: number of prefix tokens and patch size, as the model declares them
     tokens: tuple[int | None, tuple[int, ...] | None]
+    backend: str = "auto"
 
-    def request(self, plan: Plan, images: Tensor, targets: Any = None, baseline: bool = False) -> Request:
-        """What an engine is asked for these images.
+    def request(
+        self, plan: Plan, images: Tensor, targets: Any = None, baseline: bool = False, combined: bool = False
+    ) -> Request:
+        """What an engine is asked for these images; ``combined`` if w is wanted but neither g nor HA alone.
 
         Raises:
             InputError: a completeness gap was asked for where there is none.
@@ -77,7 +80,17 @@ class Wishes:
         if baseline and len(plan.layers) > 1:
             raise InputError("The completeness gap is defined for one target layer; ask for it with a single layer.")
         return Request(
-            self.model, plan.layers, self.layout_of, self.utility, images, targets, self.method.order, plan.copy, baseline
+            self.model,
+            plan.layers,
+            self.layout_of,
+            self.utility,
+            images,
+            targets,
+            self.method.order,
+            plan.copy,
+            baseline,
+            combined=combined,
+            backend=self.backend,
         )
 
     def layout_of(self, name: str, module: nn.Module, activations: Tensor, images: Tensor) -> Layout:

@@ -59,6 +59,13 @@ struct Tensor {
 
 int failures = 0;
 
+// Where the CUDA half was compiled for the CPU, some calls go there: an emulated block of threads is slow.
+#if defined(SHAPLEYCAM_CUDA_ON_CPU)
+bool on_cuda() { return chance(6); }
+#else
+bool on_cuda() { return false; }
+#endif
+
 void expect(const char* what, bool good, int32_t status, const Buffer& out) {
   const bool right = good ? status == SHAPLEYCAM_OK : status != SHAPLEYCAM_OK && out.untouched();
   if (right) return;
@@ -76,8 +83,13 @@ void reduce() {
   Tensor a(n, c, s, dtype), g(n, c, s, static_cast<int32_t>(draw(0, 3))), h(n, c, s, static_cast<int32_t>(draw(0, 3)));
   const size_t element = bytes_of(out_dtype);
   Buffer out(static_cast<size_t>(n * s * (sum ? m : 1)) * element, 0xA5), alpha(static_cast<size_t>(n * m * c) * element);
-  size_t room = sum ? shapleycam_channel_weighted_sum_workspace_cpu(n, c, s, m)
-                    : shapleycam_weighted_reduce_workspace_cpu(n, c, s, pooling);
+  const bool cuda = on_cuda();
+  size_t room = 0;
+  if (sum) {
+    room = (cuda ? shapleycam_channel_weighted_sum_workspace_cuda : shapleycam_channel_weighted_sum_workspace_cpu)(n, c, s, m);
+  } else {
+    room = (cuda ? shapleycam_weighted_reduce_workspace_cuda : shapleycam_weighted_reduce_workspace_cpu)(n, c, s, pooling);
+  }
   Buffer workspace(room);
   void *to = out.data.get(), *space = workspace.data.get();
   const void* weights = alpha.data.get();
@@ -142,10 +154,14 @@ void reduce() {
   const int32_t threads = static_cast<int32_t>(chance(10) ? draw(-3, 100) : draw(1, 3));
   if (sum) {
     expect("channel_weighted_sum", good,
-           shapleycam_channel_weighted_sum_cpu(va, weights, n, c, s, m, to, out_dtype, space, room, threads), out);
+           cuda ? shapleycam_channel_weighted_sum_cuda(va, weights, n, c, s, m, to, out_dtype, space, room, nullptr)
+                : shapleycam_channel_weighted_sum_cpu(va, weights, n, c, s, m, to, out_dtype, space, room, threads),
+           out);
   } else {
     expect("weighted_reduce", good,
-           shapleycam_weighted_reduce_cpu(va, vg, vh, n, c, s, pooling, to, out_dtype, space, room, threads), out);
+           cuda ? shapleycam_weighted_reduce_cuda(va, vg, vh, n, c, s, pooling, to, out_dtype, space, room, nullptr)
+                : shapleycam_weighted_reduce_cpu(va, vg, vh, n, c, s, pooling, to, out_dtype, space, room, threads),
+           out);
   }
 }
 
@@ -190,9 +206,11 @@ void display() {
     default:
       break;
   }
+  const bool again = chance(50);
+  const int32_t threads = static_cast<int32_t>(draw(0, 3));
   expect("display_map", good,
-         shapleycam_display_map_cpu(source_data, dtype, n, from, to, chance(50), target, out_dtype,
-                                    static_cast<int32_t>(draw(0, 3))),
+         on_cuda() ? shapleycam_display_map_cuda(source_data, dtype, n, from, to, again, target, out_dtype, nullptr)
+                   : shapleycam_display_map_cpu(source_data, dtype, n, from, to, again, target, out_dtype, threads),
          out);
 }
 
@@ -241,10 +259,139 @@ void overlay() {
     default:
       break;
   }
+  const void* pixels_data = images.data.get();
+  const int32_t threads = static_cast<int32_t>(draw(0, 3));
   expect("overlay", good,
-         shapleycam_overlay_cpu(images.data.get(), dtype, n, h, w, strides, heat_data, colours, 0.5f, m, d, target,
-                                static_cast<int32_t>(draw(0, 3))),
+         on_cuda()
+             ? shapleycam_overlay_cuda(pixels_data, dtype, n, h, w, strides, heat_data, colours, 0.5f, m, d, target, nullptr)
+             : shapleycam_overlay_cpu(pixels_data, dtype, n, h, w, strides, heat_data, colours, 0.5f, m, d, target, threads),
          out);
+}
+
+void rows() {
+  int64_t n = draw(0, 4), m = draw(0, 3), k = draw(1, 70), stride = k + (chance(30) ? draw(1, 5) : 0);
+  if (chance(10)) stride = 0;
+  int32_t dtype = static_cast<int32_t>(draw(0, 3)), bias_dtype = static_cast<int32_t>(draw(0, 3));
+  int32_t out_dtype = dtype == SHAPLEYCAM_FLOAT64 ? 1 : 0, utility = static_cast<int32_t>(draw(0, 3));
+  int32_t order = static_cast<int32_t>(draw(1, 2));
+  Buffer logits(static_cast<size_t>(n > 0 ? (n - 1) * stride + k : 0) * bytes_of(dtype));
+  Buffer bias(static_cast<size_t>(k) * bytes_of(bias_dtype)), out(static_cast<size_t>(n * m * k) * bytes_of(out_dtype), 0xA5);
+  std::vector<int64_t> targets(static_cast<size_t>(n * m));
+  for (int64_t& target : targets) target = chance(20) ? kAbsurd[draw(0, 3)] : draw(0, k - 1);
+  const void *z = logits.data.get(), *b = chance(50) ? bias.data.get() : nullptr;
+  const int64_t* classes = targets.data();
+  void* to = out.data.get();
+  const bool empty = n == 0 || m == 0;
+  bool good = true;
+  switch (chance(50) ? draw(0, 7) : -1) {
+    case 0:
+      n = kAbsurd[draw(0, 3)];
+      good = false;
+      break;
+    case 1:
+      k = chance(50) ? 0 : kAbsurd[draw(0, 1)];
+      good = false;
+      break;
+    case 2:
+      utility = chance(50) ? -1 : 4;
+      good = false;
+      break;
+    case 3:
+      order = chance(50) ? 0 : 3;
+      good = false;
+      break;
+    case 4:
+      z = nullptr;
+      good = empty;
+      break;
+    case 5:
+      classes = nullptr;
+      good = empty;
+      break;
+    case 6:
+      stride = -1;
+      good = false;
+      break;
+    case 7:
+      to = nullptr;
+      good = empty;
+      break;
+    default:
+      break;
+  }
+  const int32_t threads = static_cast<int32_t>(draw(0, 3));
+  expect("utility_rows", good,
+         on_cuda() ? shapleycam_utility_rows_cuda(z, dtype, stride, b, bias_dtype, classes, n, m, k, utility, order, 0.5, to,
+                                                  out_dtype, nullptr)
+                   : shapleycam_utility_rows_cpu(z, dtype, stride, b, bias_dtype, classes, n, m, k, utility, order, 0.5, to,
+                                                 out_dtype, threads),
+         out);
+}
+
+void maps() {
+  int64_t n = draw(0, 3), c = draw(1, 40), m = draw(0, 3), from[3], to[3], s = 1, shown = 1;
+  for (int i = 0; i < 3; ++i) {
+    from[i] = i == 0 && chance(60) ? 1 : draw(1, 6);
+    to[i] = draw(1, 12);
+    s *= from[i];
+    shown *= to[i];
+  }
+  int32_t dtype = static_cast<int32_t>(draw(0, 3)), raw_dtype = dtype == SHAPLEYCAM_FLOAT64 ? 1 : 0;
+  int32_t maps_dtype = chance(50) ? raw_dtype : chance(50) ? 2 : 4;
+  Tensor a(n, c, s, dtype);
+  Buffer alpha(static_cast<size_t>(n * m * c) * bytes_of(raw_dtype));
+  Buffer raw(static_cast<size_t>(n * m * s) * bytes_of(raw_dtype), 0xA5);
+  Buffer out(static_cast<size_t>(n * m * shown) * bytes_of(maps_dtype), 0xA5);
+  const bool cuda = on_cuda(), empty = n == 0 || m == 0;
+  size_t room =
+      (cuda ? shapleycam_channel_weighted_sum_workspace_cuda : shapleycam_channel_weighted_sum_workspace_cpu)(n, c, s, m);
+  Buffer workspace(room);
+  const shapleycam_view* va = &a.view;
+  const void* weights = alpha.data.get();
+  void *signed_maps = raw.data.get(), *display_maps = out.data.get();
+  bool good = true;
+  switch (chance(50) ? draw(0, 6) : -1) {
+    case 0:
+      (chance(50) ? from : to)[draw(0, 2)] = chance(50) ? 0 : kAbsurd[draw(0, 1)];
+      good = false;
+      break;
+    case 1:
+      n = kAbsurd[draw(0, 1)];
+      good = false;
+      break;
+    case 2:
+      va = nullptr;
+      good = empty;
+      break;
+    case 3:
+      weights = nullptr;
+      good = empty;
+      break;
+    case 4:
+      maps_dtype = chance(50) ? 3 : 99;
+      good = false;
+      break;
+    case 5:
+      (chance(50) ? signed_maps : display_maps) = nullptr;
+      good = empty;
+      break;
+    case 6:
+      if (room > 0) {
+        --room;
+        good = empty;
+      }
+      break;
+    default:
+      break;
+  }
+  const bool again = chance(50);
+  const int32_t threads = static_cast<int32_t>(draw(0, 3));
+  const int32_t status = cuda ? shapleycam_class_maps_cuda(va, weights, n, c, m, from, to, again, signed_maps, raw_dtype,
+                                                           display_maps, maps_dtype, workspace.data.get(), room, nullptr)
+                              : shapleycam_class_maps_cpu(va, weights, n, c, m, from, to, again, signed_maps, raw_dtype,
+                                                          display_maps, maps_dtype, workspace.data.get(), room, threads);
+  expect("class_maps", good, status, out);
+  if (!good) expect("class_maps (signed)", good, status, raw);
 }
 
 }  // namespace
@@ -256,6 +403,8 @@ int main(int count, char** arguments) {
     reduce();
     display();
     overlay();
+    rows();
+    maps();
   }
   std::printf("%ld rounds, %d failures, %s\n", rounds, failures, shapleycam_cpu_variant());
   return failures == 0 ? 0 : 1;

@@ -23,11 +23,14 @@ __all__ = [
     "BackendStatus",
     "backends",
     "channel_weighted_sum",
+    "class_maps",
     "display_map",
     "overlay",
     "reference",
     "select",
+    "shapley_head",
     "table_of",
+    "utility_rows",
     "weighted_reduce",
 ]
 
@@ -104,6 +107,114 @@ def channel_weighted_sum(activations: Tensor, alpha: Tensor, *, backend: str = "
     _no_gradients("channel_weighted_sum", activations, alpha)
     out: Tensor = _call(library.channel_weighted_sum, activations, alpha, backend)
     return out
+
+
+def utility_rows(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    utility: str = "rest",
+    order: int = 2,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The weights of the logits, ``scale (U' - U'' z0 / 2)`` with ``z0 = logits - bias`` (arXiv 2501.06261, section 4.2).
+
+    For a head that is ``z = W mean_s(A) + b``, their product with ``W``, over S, is the Shapley weight of every channel.
+
+    Args:
+        logits: [N, K], any float dtype.
+        targets: the classes to explain, int64 [N, M] on the same device; a row whose target is not in 0 … K-1 is NaN.
+        bias: [K], any float dtype, or None.
+        utility: "logit", "probability", "log_probability" or "rest".
+        order: 2, or 1 for the gradient ``scale U'`` alone.
+        backend: as for :func:`weighted_reduce`.
+
+    Returns:
+        [N, M, K], float32 (float64 for float64 logits), contiguous.
+
+    Raises:
+        InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
+    """
+    contract.check_utility_rows(logits, targets, bias, utility, order)
+    _no_gradients("utility_rows", logits, bias)
+    out: Tensor = _call(library.utility_rows, logits, targets, bias, utility, order, scale, backend)
+    return out
+
+
+def class_maps(
+    activations: Tensor,
+    alpha: Tensor,
+    grid: Sequence[int],
+    size: Sequence[int],
+    *,
+    renormalize: bool = True,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`channel_weighted_sum` and the :func:`display_map` of its maps; on a GPU, one launch for small activations.
+
+    Args:
+        activations: [N, C, S], any float dtype and strides.
+        alpha: [N, M, C] on the same device, any float dtype and strides.
+        grid: how the S positions lie: (h, w), or (l,), or (d, h, w).
+        size, renormalize, dtype: as for :func:`display_map`.
+        backend: as for :func:`weighted_reduce`.
+
+    Returns:
+        The signed maps [N, M, S] and the display form [N, M, *size], both contiguous.
+
+    Raises:
+        InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
+    """
+    contract.check_class_maps(activations, alpha, grid, size, dtype)
+    _no_gradients("class_maps", activations, alpha)
+    raw, maps = _call(library.class_maps, activations, alpha, list(grid), list(size), renormalize, dtype, backend)
+    return raw, maps
+
+
+def shapley_head(
+    activations: Tensor,
+    logits: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    grid: Sequence[int],
+    size: Sequence[int],
+    *,
+    utility: str = "rest",
+    order: int = 2,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The whole explanation behind a pool-and-linear head ``z = W mean_s(A) + b``, in closed form.
+
+    :func:`utility_rows`, their product with ``W`` (the library's), and :func:`class_maps`: three launches on a GPU where the
+    activations are small. ShapleyCAM for order 2, GradCAM for order 1.
+
+    Args:
+        activations: [N, C, S], any float dtype and strides.
+        logits: [N, K], what the head made of these activations.
+        weight, bias: [K, C] and [K] (or None) of the head.
+        targets: the classes to explain, int64 [N, M].
+        grid, size, dtype: as for :func:`class_maps`.
+        utility, order: as for :func:`utility_rows`.
+        backend: as for :func:`weighted_reduce`.
+
+    Returns:
+        The signed maps [N, M, S] and the display form [N, M, *size], both contiguous.
+
+    Raises:
+        InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
+    """
+    rows = utility_rows(
+        logits, targets, bias, utility=utility, order=order, scale=1.0 / max(activations.shape[2], 1), backend=backend
+    )
+    contract.check_head_weight(weight, rows, activations)
+    _no_gradients("shapley_head", weight)
+    alpha = torch.matmul(rows, weight.to(rows.dtype))
+    return class_maps(activations, alpha, grid, size, dtype=dtype, backend=backend)
 
 
 def display_map(

@@ -6,6 +6,7 @@ shapes and dtypes cannot drift apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from ..errors import InputError
 from .reference import accumulator
 
 POOLINGS = ("mean", "elementwise", "elementwise_relu", "activation", "positive_gradient", "plusplus")
+UTILITIES = ("logit", "probability", "log_probability", "rest")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -56,6 +58,56 @@ def check_channel_weighted_sum(activations: Tensor, alpha: Tensor) -> None:
         raise InputError(
             f"{operator}: alpha must be [{n}, M, {c}] on {activations.device}, got {tuple(alpha.shape)} on {alpha.device}."
         )
+
+
+def check_utility_rows(logits: Tensor, targets: Tensor, bias: Tensor | None, utility: str, order: int) -> None:
+    """Raise InputError unless logits are [N, K], targets int64 [N, M] and bias [K] on one device, and the names are known."""
+    operator = "utility_rows"
+    _floating("logits", logits, operator)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise InputError(f"{operator}: logits must be [N, K] with K >= 1, got shape {tuple(logits.shape)}.")
+    n, k = logits.shape
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        got = str(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__
+        raise InputError(f"{operator}: targets must be an int64 tensor [{n}, M], got {got}.")
+    if targets.ndim != 2 or targets.shape[0] != n or targets.device != logits.device:
+        raise InputError(
+            f"{operator}: targets must be [{n}, M] on {logits.device}, got {tuple(targets.shape)} on {targets.device}."
+        )
+    if bias is not None:
+        _floating("bias", bias, operator)
+        if bias.shape != (k,) or bias.device != logits.device:
+            raise InputError(f"{operator}: bias must be [{k}] on {logits.device}, got {tuple(bias.shape)} on {bias.device}.")
+    if utility not in UTILITIES:
+        raise InputError(f"{operator}: unknown utility {utility!r}; expected one of {', '.join(UTILITIES)}.")
+    if order not in (1, 2):
+        raise InputError(f"{operator}: order must be 1 (gradient) or 2 (Shapley weight), got {order!r}.")
+
+
+def check_head_weight(weight: Tensor, rows: Tensor, activations: Tensor) -> None:
+    """Raise InputError unless weight is [K, C] on the device of the logits' rows and the activations."""
+    _floating("weight", weight, "shapley_head")
+    wanted = (rows.shape[2], activations.shape[1])
+    if weight.shape != wanted or weight.device != rows.device:
+        raise InputError(
+            f"shapley_head: weight must be {wanted} on {rows.device}, got {tuple(weight.shape)} on {weight.device}."
+        )
+
+
+def check_class_maps(
+    activations: Tensor, alpha: Tensor, grid: Sequence[int], size: Sequence[int], dtype: torch.dtype | None
+) -> None:
+    """Raise InputError unless the arguments fit :func:`check_channel_weighted_sum` and ``grid`` multiplies to S."""
+    check_channel_weighted_sum(activations, alpha)
+    if not 1 <= len(grid) <= 3 or math.prod(grid) != activations.shape[2] or any(g < 1 for g in grid):
+        raise InputError(
+            f"class_maps: grid must be one to three extents whose product is the {activations.shape[2]} positions, got "
+            f"{tuple(grid)}."
+        )
+    if len(size) != len(grid) or any(s < 1 for s in size):
+        raise InputError(f"class_maps: size must be {len(grid)} positive integers, got {tuple(size)}.")
+    if dtype not in (None, accumulator(activations.dtype), torch.float16, torch.uint8):
+        raise InputError(f"class_maps: dtype must be None, {accumulator(activations.dtype)}, float16 or uint8, got {dtype}.")
 
 
 def check_display_map(raw: Tensor, size: Sequence[int], dtype: torch.dtype | None) -> None:
@@ -103,6 +155,18 @@ def empty_summed(activations: Tensor, alpha: Tensor) -> Tensor:
     """The result of ``channel_weighted_sum``, not filled: [N, M, S]."""
     shape = (activations.shape[0], alpha.shape[1], activations.shape[2])
     return torch.empty(shape, dtype=accumulator(activations.dtype), device=activations.device)
+
+
+def empty_rows(logits: Tensor, targets: Tensor) -> Tensor:
+    """The result of ``utility_rows``, not filled: [N, M, K]."""
+    shape = (logits.shape[0], targets.shape[1], logits.shape[1])
+    return torch.empty(shape, dtype=accumulator(logits.dtype), device=logits.device)
+
+
+def empty_maps(activations: Tensor, alpha: Tensor, size: Sequence[int], dtype: torch.dtype | None) -> Tensor:
+    """The display form of ``class_maps``, not filled: [N, M, *size]."""
+    shape = (activations.shape[0], alpha.shape[1], *size)
+    return torch.empty(shape, dtype=dtype or accumulator(activations.dtype), device=activations.device)
 
 
 def empty_display(raw: Tensor, size: Sequence[int], dtype: torch.dtype | None) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from .contract import DTYPES, POOLINGS
+from .contract import DTYPES, POOLINGS, UTILITIES
 from .ladder import kernels_module, native_module
 from .reference import accumulator
 
@@ -27,6 +29,10 @@ def _describe(tensor: Tensor) -> Described:
 
 def _stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _device(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device)
 
 
 def _raise(status: int, operator: str, *tensors: Tensor | None) -> None:
@@ -50,7 +56,7 @@ def weighted_reduce(served: str, activations: Tensor, gradient: Tensor, hvp: Ten
     row = POOLINGS.index(pooling)
     n, c, s = activations.shape
     if served == "cuda":
-        with torch.cuda.device(activations.device):
+        with _device(activations):
             size = module.weighted_reduce_workspace_cuda(n, c, s, row)
             space = torch.empty(size, dtype=torch.uint8, device=activations.device)
             status = module.weighted_reduce_cuda(
@@ -88,7 +94,7 @@ def channel_weighted_sum(served: str, activations: Tensor, alpha: Tensor, out: T
     m = alpha.shape[1]
     alpha = alpha.to(out.dtype).contiguous()
     if served == "cuda":
-        with torch.cuda.device(activations.device):
+        with _device(activations):
             size = module.channel_weighted_sum_workspace_cuda(n, c, s, m)
             space = torch.empty(size, dtype=torch.uint8, device=activations.device)
             status = module.channel_weighted_sum_cuda(
@@ -104,6 +110,64 @@ def channel_weighted_sum(served: str, activations: Tensor, alpha: Tensor, out: T
             threads,
         )  # fmt: skip
     _raise(status, "channel_weighted_sum", activations, alpha)
+
+
+def utility_rows(
+    served: str, logits: Tensor, targets: Tensor, bias: Tensor | None, utility: str, order: int, scale: float, out: Tensor
+) -> None:
+    """Fill ``out`` [N, M, K]."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    targets = targets.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if served == "triton":
+        kernels = kernels_module()
+        assert not isinstance(kernels, ImportError)
+        kernels.utility_rows(logits, targets, bias, UTILITIES.index(utility), order, scale, out)
+        return
+    module = native_module()
+    assert not isinstance(module, ImportError)
+    (n, k), m = logits.shape, targets.shape[1]
+    arguments = (
+        logits.data_ptr(), _CODES[logits.dtype], logits.stride(0), 0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _CODES[bias.dtype], targets.data_ptr(), n, m, k, UTILITIES.index(utility), order, scale,
+        out.data_ptr(), _CODES[out.dtype],
+    )  # fmt: skip
+    if served == "cuda":
+        with _device(logits):
+            status = module.utility_rows_cuda(*arguments, _stream(logits))
+    else:
+        status = module.utility_rows_cpu(*arguments, torch.get_num_threads())
+    _raise(status, f"utility_rows ({utility})", logits, targets, bias)
+
+
+def class_maps(
+    served: str, activations: Tensor, alpha: Tensor, grid: Sequence[int], renormalize: bool, raw: Tensor, maps: Tensor
+) -> None:
+    """Fill ``raw`` [N, M, S] and ``maps`` [N, M, *size]."""
+    if served == "triton":
+        kernels = kernels_module()
+        assert not isinstance(kernels, ImportError)
+        kernels.class_maps(activations, alpha, grid, renormalize, raw, maps)
+        return
+    module = native_module()
+    assert not isinstance(module, ImportError)
+    n, c, s = activations.shape
+    m = alpha.shape[1]
+    alpha = alpha.to(raw.dtype).contiguous()
+    on_cuda = served == "cuda"
+    query = module.channel_weighted_sum_workspace_cuda if on_cuda else module.channel_weighted_sum_workspace_cpu
+    size = query(n, c, s, m)
+    space = torch.empty(size, dtype=torch.uint8, device=activations.device)
+    arguments = (
+        _describe(activations), alpha.data_ptr(), n, c, m, _three(grid), _three(maps.shape[2:]), renormalize, raw.data_ptr(),
+        _CODES[raw.dtype], maps.data_ptr(), _CODES[maps.dtype], space.data_ptr(), size,
+    )  # fmt: skip
+    if on_cuda:
+        with _device(activations):
+            status = module.class_maps_cuda(*arguments, _stream(activations))
+    else:
+        status = module.class_maps_cpu(*arguments, torch.get_num_threads())
+    _raise(status, "class_maps", activations, alpha)
 
 
 def _three(extents: Sequence[int]) -> tuple[int, int, int]:
@@ -126,7 +190,7 @@ def display_map(served: str, raw: Tensor, renormalize: bool, out: Tensor) -> Non
         out.data_ptr(), _CODES[out.dtype],
     )  # fmt: skip
     if served == "cuda":
-        with torch.cuda.device(raw.device):
+        with _device(raw):
             status = module.display_map_cuda(*arguments, _stream(raw))
     else:
         status = module.display_map_cpu(*arguments, torch.get_num_threads())
@@ -158,7 +222,7 @@ def overlay(
         alpha, mean, std, out.data_ptr(),
     )  # fmt: skip
     if served == "cuda":
-        with torch.cuda.device(images.device):
+        with _device(images):
             status = module.overlay_cuda(*arguments, _stream(images))
     else:
         status = module.overlay_cpu(*arguments, torch.get_num_threads())

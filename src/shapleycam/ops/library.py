@@ -52,6 +52,56 @@ def _(activations: Tensor, alpha: Tensor, backend: str) -> Tensor:
     return contract.empty_summed(activations, alpha)
 
 
+@torch.library.custom_op("shapleycam::utility_rows", mutates_args=())
+def utility_rows(
+    logits: Tensor, targets: Tensor, bias: Optional[Tensor], utility: str, order: int, scale: float, backend: str
+) -> Tensor:
+    served = select("utility_rows", logits, backend=backend)
+    if served == "torch":
+        return reference.utility_rows(logits, targets, bias, utility, order, scale)
+    out = contract.empty_rows(logits, targets)
+    if out.numel():
+        launch.utility_rows(served, logits, targets, bias, utility, order, scale, out)
+    return out
+
+
+@utility_rows.register_fake
+def _(logits: Tensor, targets: Tensor, bias: Optional[Tensor], utility: str, order: int, scale: float, backend: str) -> Tensor:
+    return contract.empty_rows(logits, targets)
+
+
+@torch.library.custom_op("shapleycam::class_maps", mutates_args=())
+def class_maps(
+    activations: Tensor,
+    alpha: Tensor,
+    grid: Sequence[int],
+    size: Sequence[int],
+    renormalize: bool,
+    dtype: Optional[torch.dtype],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    served = select("class_maps", activations, backend=backend)
+    if served == "torch":
+        return reference.class_maps(activations, alpha, grid, size, renormalize, dtype)
+    raw, maps = contract.empty_summed(activations, alpha), contract.empty_maps(activations, alpha, size, dtype)
+    if raw.numel():
+        launch.class_maps(served, activations, alpha, grid, renormalize, raw, maps)
+    return raw, maps
+
+
+@class_maps.register_fake
+def _(
+    activations: Tensor,
+    alpha: Tensor,
+    grid: Sequence[int],
+    size: Sequence[int],
+    renormalize: bool,
+    dtype: Optional[torch.dtype],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return contract.empty_summed(activations, alpha), contract.empty_maps(activations, alpha, size, dtype)
+
+
 @torch.library.custom_op("shapleycam::display_map", mutates_args=())
 def display_map(raw: Tensor, size: Sequence[int], renormalize: bool, dtype: Optional[torch.dtype], backend: str) -> Tensor:
     served = select("display_map", raw, backend=backend)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..utilities import UTILITIES, Coefficients
+
 EPS_DISPLAY = 1e-7  # of the min-max in the display form
 EPS_ACTIVATION = 1e-7  # of the rows "activation" (XGradCAM, ShapleyCAM-X)
 EPS_PLUSPLUS = 1e-6  # of GradCAM++
@@ -50,6 +52,41 @@ def channel_weighted_sum(activations: Tensor, alpha: Tensor) -> Tensor:
     """``sum_c alpha[n, m, c] activations[n, c, s]``, [N, M, S]."""
     wide = accumulator(activations.dtype)
     return torch.matmul(alpha.to(wide), activations.to(wide))
+
+
+def utility_rows(logits: Tensor, targets: Tensor, bias: Tensor | None, utility: str, order: int, scale: float) -> Tensor:
+    """``scale (U' - U'' z0 / 2)`` in the logits, [N, M, K]; see :func:`shapleycam.ops.utility_rows`."""
+    wide = accumulator(logits.dtype)
+    z = logits.to(wide)
+    classes = z.shape[1]
+    known = (targets >= 0) & (targets < classes)
+    safe = targets.clamp(0, classes - 1)
+    row = UTILITIES[utility]
+    assert row.gradient is not None and row.curvature is not None
+    unit = torch.zeros((*targets.shape, classes), dtype=wide, device=z.device).scatter_(2, safe[:, :, None], 1.0)
+    if row.curved:
+        p = z.softmax(1)
+        z0 = z if bias is None else z - bias.to(wide)
+        pz = p * z0
+        first = row.gradient(p.gather(1, safe))
+        second: Coefficients = (0.0, 0.0, 0.0)
+        if order == 2:
+            second = row.curvature(p.gather(1, safe), z0.gather(1, safe), pz.sum(1, keepdim=True))
+        on_class, on_p, on_pz = (torch.as_tensor(a - b / 2, device=z.device) for a, b in zip(first, second, strict=True))
+        on_class, on_p, on_pz = (c.to(wide).expand(targets.shape)[:, :, None] for c in (on_class, on_p, on_pz))
+        unit = on_class * unit + on_p * p[:, None]
+        if order == 2:
+            unit = unit + on_pz * pz[:, None]
+    return torch.where(known[:, :, None], unit * scale, float("nan"))
+
+
+def class_maps(
+    activations: Tensor, alpha: Tensor, grid: Sequence[int], size: Sequence[int], renormalize: bool, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """The signed maps [N, M, S] and their display form [N, M, *size]; see :func:`shapleycam.ops.class_maps`."""
+    raw = channel_weighted_sum(activations, alpha)
+    shown = display_map(raw.flatten(0, 1).unflatten(1, tuple(grid)), size, renormalize, dtype)
+    return raw, shown.reshape(*raw.shape[:2], *size)
 
 
 def _unit(maps: Tensor) -> Tensor:

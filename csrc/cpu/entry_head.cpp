@@ -1,0 +1,55 @@
+// utility_rows and class_maps of the C ABI on the CPU.
+#include "../checks.h"
+#include "parallel.h"
+#include "task.h"
+
+using namespace shapleycam;
+
+extern "C" {
+
+int32_t shapleycam_utility_rows_cpu(const void* logits, int32_t dtype, int64_t stride, const void* bias, int32_t bias_dtype,
+                                    const int64_t* targets, int64_t n, int64_t m, int64_t k, int32_t utility, int32_t order,
+                                    double scale, void* rows, int32_t out_dtype, int32_t threads) {
+  SHAPLEYCAM_RETURN_IF(check_rows(logits, dtype, bias, bias_dtype, targets, n, m, k, stride, utility, order, rows, out_dtype));
+  if (n == 0 || m == 0) return SHAPLEYCAM_OK;
+  const bool wide = out_dtype == SHAPLEYCAM_FLOAT64;
+  const Kernels& use = kernels();
+  const int64_t step = stride * static_cast<int64_t>(element_size(dtype));
+  // An exponential costs as much as a few dozen bytes.
+  parallel(n, n * k * (64 + 8 * m), threads, [&](int64_t i) {
+    const RowsTask task = {{static_cast<const char*>(logits) + i * step, dtype, 0, 0, 1},
+                           {bias, bias_dtype, 0, 0, 1},
+                           targets + i * m,
+                           m,
+                           k,
+                           utility,
+                           order,
+                           scale,
+                           static_cast<char*>(rows) + i * m * k * (wide ? 8 : 4)};
+    (wide ? use.rows_f64 : use.rows_f32)(task);
+  });
+  return SHAPLEYCAM_OK;
+}
+
+int32_t shapleycam_class_maps_cpu(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c, int64_t m,
+                                  const int64_t* from, const int64_t* to, int32_t renormalize, void* raw, int32_t raw_dtype,
+                                  void* maps, int32_t maps_dtype, void* workspace, size_t workspace_size, int32_t threads) {
+  int64_t s = 0;
+  SHAPLEYCAM_RETURN_IF(check_maps(activations, alpha, n, c, m, from, to, raw, raw_dtype, maps, maps_dtype, &s));
+  SHAPLEYCAM_RETURN_IF(
+      shapleycam_channel_weighted_sum_cpu(activations, alpha, n, c, s, m, raw, raw_dtype, workspace, workspace_size, threads));
+  return shapleycam_display_map_cpu(raw, raw_dtype, n * m, from, to, renormalize, maps, maps_dtype, threads);
+}
+
+#if !defined(SHAPLEYCAM_WITH_CUDA)
+int32_t shapleycam_utility_rows_cuda(const void*, int32_t, int64_t, const void*, int32_t, const int64_t*, int64_t, int64_t,
+                                     int64_t, int32_t, int32_t, double, void*, int32_t, void*) {
+  return SHAPLEYCAM_UNSUPPORTED;
+}
+int32_t shapleycam_class_maps_cuda(const shapleycam_view*, const void*, int64_t, int64_t, int64_t, const int64_t*,
+                                   const int64_t*, int32_t, void*, int32_t, void*, int32_t, void*, size_t, void*) {
+  return SHAPLEYCAM_UNSUPPORTED;
+}
+#endif
+
+}  // extern "C"

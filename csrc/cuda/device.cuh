@@ -1,0 +1,122 @@
+// What every kernel needs: element types, strided loads, 16-byte loads, warp sums, and the arithmetic of the rows.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "launch.h"
+
+namespace shapleycam {
+
+// Halves are carried as their bits, so that a pack of them is a plain 16 bytes.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+struct View {
+  const void* data;
+  int64_t stride_n, stride_c, stride_s;
+  int32_t dtype;
+};
+
+inline View view_of(const shapleycam_view* v) {
+  return v == nullptr ? View{nullptr, 0, 0, 0, SHAPLEYCAM_FLOAT32}
+                      : View{v->data, v->stride_n, v->stride_c, v->stride_s, v->dtype};
+}
+
+// A layout is channels last only if its channels are the closer neighbours; a single position has no layout.
+inline bool channels_last(const shapleycam_view* a) { return a->stride_c == 1 && a->stride_s != 1; }
+
+template <typename T>
+__device__ __forceinline__ T load(const void* data, int32_t dtype, int64_t offset) {
+  // The branch is uniform over the launch.
+  switch (dtype) {
+    case SHAPLEYCAM_FLOAT32:
+      return static_cast<T>(static_cast<const float*>(data)[offset]);
+    case SHAPLEYCAM_FLOAT64:
+      return static_cast<T>(static_cast<const double*>(data)[offset]);
+    case SHAPLEYCAM_FLOAT16:
+      return static_cast<T>(widen(static_cast<const Float16*>(data)[offset]));
+    default:
+      return static_cast<T>(widen(static_cast<const BFloat16*>(data)[offset]));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T at(const View& a, int64_t n, int64_t c, int64_t s) {
+  return load<T>(a.data, a.dtype, n * a.stride_n + c * a.stride_c + s * a.stride_s);
+}
+
+// 16 bytes of one element type.
+template <typename E>
+constexpr int kPack = 16 / static_cast<int>(sizeof(E));
+
+template <typename E>
+struct Pack {
+  E lane[kPack<E>];
+};
+
+template <typename E>
+__device__ __forceinline__ Pack<E> fetch(const E* aligned) {
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(aligned));
+  Pack<E> pack;
+  memcpy(&pack, &bits, sizeof(pack));
+  return pack;
+}
+
+template <typename T>
+__device__ __forceinline__ T positive(T x) {
+  return x < T(0) ? T(0) : x;  // keeps NaN
+}
+
+template <typename T>
+__device__ __forceinline__ T plusplus_term(T w, T sum) {
+  const T square = w * w;
+  const T ratio = square / (T(2) * square + square * w * sum + T(1e-6));
+  return w == T(0) ? T(0) : positive(w) * ratio;
+}
+
+// The rows of shapleycam_pooling, and the sum whose channel weights are given.
+constexpr int kGiven = SHAPLEYCAM_PLUSPLUS + 1;
+
+// Rows whose weight is one number per channel, which takes a sum over the positions first.
+template <int kRow>
+constexpr bool kPools = kRow == SHAPLEYCAM_MEAN || kRow == SHAPLEYCAM_ACTIVATION || kRow == SHAPLEYCAM_PLUSPLUS;
+
+template <int kRow>
+constexpr bool kPerChannel = kPools<kRow> || kRow == kGiven;
+
+// One element of the other rows.
+template <int kRow, typename T>
+__device__ __forceinline__ T term(T w, T x) {
+  if constexpr (kRow == SHAPLEYCAM_ELEMENTWISE_RELU) return positive(w * x);
+  if constexpr (kRow == SHAPLEYCAM_POSITIVE_GRADIENT) return positive(w) * x;
+  return w * x;
+}
+
+// The channel's weight from its sums over the positions.
+template <int kRow, typename T>
+__device__ __forceinline__ T channel_weight(T sum, T activations, int64_t positions) {
+  if constexpr (kRow == SHAPLEYCAM_MEAN) return sum / static_cast<T>(positions);
+  if constexpr (kRow == SHAPLEYCAM_ACTIVATION) return sum / (activations + T(1e-7));
+  return sum;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+}  // namespace shapleycam
