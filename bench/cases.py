@@ -1,16 +1,25 @@
-"""What the operator benchmarks run: shapes, layouts and dtypes."""
+"""What the operator benchmarks run: operators, shapes, layouts and dtypes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shapleycam import ops
+from shapleycam.ops import reference
+
 #: [N, C, S] of the activations: batch, channels, positions.
 SHAPES = [(1, 2048, 49), (64, 2048, 49), (256, 2048, 49), (64, 256, 3136), (256, 768, 196), (32, 512, 784)]
-#: On a small CPU: out of the last-level cache, and still quick.
-CPU_SHAPES = [(1, 2048, 49), (64, 2048, 49), (16, 256, 3136), (64, 768, 196), (32, 512, 784)]
+#: The batches of the larger maps are cut: out of the last-level cache all the same, and eager PyTorch takes its time.
+CPU_SHAPES = [(1, 2048, 49), (64, 2048, 49), (256, 2048, 49), (16, 256, 3136), (64, 768, 196), (32, 512, 784)]
+#: Of the head that shapley_head explains: ImageNet's classes, and the two batches that a service and a data set have.
+HEADS = [(1, 2048, 49), (64, 2048, 49), (1, 1280, 49), (64, 1280, 49)]
+CLASSES = 1000
 DTYPES = [torch.float32, torch.bfloat16]
 LAYOUTS = ["first", "last"]
 
@@ -20,8 +29,8 @@ class Case:
     """One operator on one shape.
 
     Attributes:
-        operator: "weighted_reduce" or "channel_weighted_sum".
-        pooling: the row of weighted_reduce; "" for the other operator.
+        operator: "weighted_reduce", "channel_weighted_sum" or "shapley_head".
+        pooling: the row of weighted_reduce; "" for the other operators.
         shape: [N, C, S].
         dtype: of every input.
         layout: "first" ([N, C, h, w]), "last" ([N, h, w, C]), or "tokens" ([N, 1 + S, C], the first one skipped).
@@ -38,16 +47,43 @@ class Case:
         row = self.pooling or self.operator
         return f"{row} {'x'.join(map(str, self.shape))} {str(self.dtype)[6:]} {self.layout}"
 
-    def tensors(self, device: torch.device) -> list[Tensor]:
-        """Activations, gradient and Hessian-vector product (activations and alpha for channel_weighted_sum)."""
-        generator = torch.Generator(device=device).manual_seed(0)
+    def tensors(self, device: torch.device, seed: int = 0) -> list[Tensor]:
+        """The tensor arguments of :meth:`ours` and :meth:`eager`."""
+        generator = torch.Generator(device=device).manual_seed(seed)
         n, c, _ = self.shape
         count = 3 if self.operator == "weighted_reduce" else 1
         # Positive activations, as after a ReLU: rows that divide by their sum are ill-conditioned otherwise.
         made = [self._one(device, generator, positive=i == 0) for i in range(count)]
+        draw = partial(torch.randn, generator=generator, device=device)
         if self.operator == "channel_weighted_sum":
-            made.append(torch.randn((n, 1, c), generator=generator, device=device))
+            made.append(draw((n, 1, c)))
+        if self.operator == "shapley_head":
+            logits, weight, bias = draw((n, CLASSES)), draw((CLASSES, c)) / c**0.5, draw((CLASSES,)) * 0.1
+            made += [t.to(self.dtype) for t in (logits, weight, bias)] + [logits.argmax(1, keepdim=True)]
         return made
+
+    def ours(self, backend: str) -> Callable[..., Any]:
+        """The operator, for :meth:`tensors`."""
+        if self.operator == "weighted_reduce":
+            return lambda a, g, h: ops.weighted_reduce(a, g, h, self.pooling, backend=backend)
+        if self.operator == "channel_weighted_sum":
+            return lambda a, alpha: ops.channel_weighted_sum(a, alpha, backend=backend)
+        side = int(self.shape[2] ** 0.5)
+        return lambda a, z, w, b, c: ops.shapley_head(a, z, w, b, c, (side, side), (224, 224), backend=backend)[1]
+
+    def eager(self) -> Callable[..., Tensor]:
+        """The same in plain PyTorch."""
+        if self.operator == "weighted_reduce":
+            return partial(reference.weighted_reduce, pooling=self.pooling)
+        if self.operator == "channel_weighted_sum":
+            return reference.channel_weighted_sum
+        side, positions = int(self.shape[2] ** 0.5), self.shape[2]
+
+        def head(a: Tensor, z: Tensor, w: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            rows = reference.utility_rows(z, c, b, "rest", 2, 1 / positions)
+            return reference.class_maps(a, rows @ w.to(rows.dtype), (side, side), (224, 224), True, None)[1]
+
+        return head
 
     def _one(self, device: torch.device, generator: torch.Generator, positive: bool) -> Tensor:
         n, c, s = self.shape
@@ -58,14 +94,19 @@ class Case:
         return stored if self.layout == "first" else stored[:, prefix:].transpose(1, 2)
 
     def bytes(self) -> int:
-        """Bytes that must cross the memory bus: each input once, and the map."""
+        """Bytes that must cross the memory bus: each input once, and the result."""
         n, c, s = self.shape
         inputs = 3 if self.operator == "weighted_reduce" else 1
-        return inputs * n * c * s * self.dtype.itemsize + n * s * 4 + (0 if inputs == 3 else n * c * 4)
+        moved = inputs * n * c * s * self.dtype.itemsize + n * s * 4
+        if self.operator == "channel_weighted_sum":
+            moved += n * c * 4
+        if self.operator == "shapley_head":
+            moved += (CLASSES * c + n * CLASSES + CLASSES) * self.dtype.itemsize + n * 224 * 224 * 4
+        return moved
 
 
 def cases(device: str) -> list[Case]:
-    """All cases for a device type: the first-order cost is in "mean" and "elementwise"; the other rows run on one shape."""
+    """All cases for a device type: the cost is in "mean" and "elementwise"; the other rows run on one shape."""
     shapes = SHAPES if device == "cuda" else CPU_SHAPES
     found = []
     for shape in shapes:
@@ -76,4 +117,5 @@ def cases(device: str) -> list[Case]:
                 found.append(Case("channel_weighted_sum", "", shape, dtype, layout))
     for row in ("elementwise_relu", "activation", "positive_gradient", "plusplus"):
         found += [Case("weighted_reduce", row, shapes[1], torch.float32, layout) for layout in LAYOUTS]
+    found += [Case("shapley_head", "", shape, dtype, "first") for shape in HEADS for dtype in DTYPES]
     return found

@@ -22,6 +22,40 @@ def table(rows: Sequence[dict[str, Any]], *, header: bool = True) -> str:
     return "\n".join(lines)
 
 
+#: What is aimed at: (column, at least or at most, how much, for which rows).
+AIMS = {
+    "cuda": [
+        ("of_copy", ">=", 0.90, "larger than the L2"),
+        ("over_eager", ">=", 3.0, "all"),
+        ("over_compile", ">=", 1.0, "all"),
+        ("over_empty", "<=", 1.3, "batch 1"),
+    ],
+    "cpu": [
+        ("of_copy", ">=", 0.85, "larger than the cache"),
+        ("over_eager", ">=", 15.0, "larger than the cache"),
+        ("over_compile", ">=", 1.5, "larger than the cache"),
+    ],
+}
+_CACHE = 50 << 20
+
+
+def verdicts(rows: Sequence[dict[str, Any]], device: str) -> str:
+    """One line per aim and backend: how many of the cases it is for reach it, and the worst."""
+    lines = []
+    for column, sign, aim, where in AIMS[device]:
+        chosen = [
+            row for row in rows if where == "all" or (row["shape"][0] == 1 if where == "batch 1" else row["bytes"] > _CACHE)
+        ]
+        for name in sorted({name for row in chosen for name in row[column]}):
+            found = [(row[column][name], row["case"]) for row in chosen if name in row[column]]
+            met = sum(value >= aim if sign == ">=" else value <= aim for value, _ in found)
+            worst = min(found) if sign == ">=" else max(found)
+            lines.append(
+                f"aim {column} {sign} {aim:g} ({where}), {name}: {met} of {len(found)} cases; worst {worst[0]:.2f} ({worst[1]})"
+            )
+    return "\n".join(lines)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bytes moved against bytes per second, one colour per backend, with the measured copy as the roof."""
     import matplotlib
@@ -50,7 +84,7 @@ def main() -> None:
         raise SystemExit(__doc__)
     source = Path(sys.argv[1])
     result = json.loads(source.read_text())
-    print(table(result["results"]))
+    print(table(result["results"]), verdicts(result["results"], result["conditions"]["device_type"]), sep="\n\n")
     target = Path(sys.argv[2]) if len(sys.argv) == 3 else source.with_suffix(".png")
     plot(result, target)
     print(target)

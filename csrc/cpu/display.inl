@@ -48,33 +48,6 @@ inline T between(T a, T b, T weight) {
   return (T(1) - weight) * a + weight * b;
 }
 
-// Writes one row of the resized map to emit(x, value).
-template <typename T, typename Emit>
-inline void resized_row(const DisplayTask& t, const T* raw, T low, T scale, int64_t z, int64_t y, T* tmp, Emit emit) {
-  const int64_t width = t.from[2], plane = t.from[1] * width;
-  const Place<T> pz = place<T>(z, t.from[0], t.to[0]), py = place<T>(y, t.from[1], t.to[1]);
-  const T* r[4] = {raw + pz.low * plane + py.low * width, raw + pz.low * plane + py.high * width,
-                   raw + pz.high * plane + py.low * width, raw + pz.high * plane + py.high * width};
-  const bool flat = t.from[0] == 1;
-  const auto at = [&](int64_t x) {
-    const auto unit = [&](const T* row) { return (positive(row[x]) - low) / scale; };
-    const T near = between(unit(r[0]), unit(r[1]), py.weight);
-    return flat ? near : between(near, between(unit(r[2]), unit(r[3]), py.weight), pz.weight);
-  };
-  if (width <= kBlock) {
-    for (int64_t x = 0; x < width; ++x) tmp[x] = at(x);
-    for (int64_t x = 0; x < t.to[2]; ++x) {
-      const Place<T> px = place<T>(x, width, t.to[2]);
-      emit(x, between(tmp[px.low], tmp[px.high], px.weight));
-    }
-    return;
-  }
-  for (int64_t x = 0; x < t.to[2]; ++x) {
-    const Place<T> px = place<T>(x, width, t.to[2]);
-    emit(x, between(at(px.low), at(px.high), px.weight));
-  }
-}
-
 inline uint16_t narrow_float16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -93,54 +66,125 @@ inline uint16_t narrow_float16(float x) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 }
 
+// The resized map is linear between two neighbours of the raw one, along every axis; so on the positions that fall between them
+// it is extreme at the first or the last. Some (2 from)^2 positions tell the extent of to^2: how many of an axis, and which.
+inline int64_t extremes(int64_t from, int64_t to) { return 2 * from < to ? 2 * from : to; }
+
+// The first position that reads at or beyond `low`, or `to`.
+template <typename T>
+inline int64_t first_reaching(int64_t low, int64_t from, int64_t to) {
+  if (low >= from) return to;
+  int64_t i = static_cast<int64_t>((static_cast<T>(low) + T(0.5)) / (static_cast<T>(from) / static_cast<T>(to)) - T(0.5));
+  i = i < 0 ? 0 : (i < to ? i : to);
+  // Rounding may have put the guess off by a step.
+  while (i > 0 && place<T>(i - 1, from, to).low >= low) --i;
+  while (i < to && place<T>(i, from, to).low < low) ++i;
+  return i;
+}
+
+template <typename T>
+inline int64_t extreme(int64_t q, int64_t from, int64_t to) {
+  if (extremes(from, to) == to) return q;
+  const int64_t i = first_reaching<T>(q / 2 + q % 2, from, to) - q % 2;
+  return i < 0 ? 0 : (i < to ? i : to - 1);
+}
+
+// Resizes along the rows at counts[0] x counts[1] x counts[2] positions, which position(axis, q) names, and hands every run of
+// a row, of up to kBlock values, to body(offset, length, values).
+template <typename T, typename Position, typename Body>
+inline void resize(const DisplayTask& t, T low, T scale, const int64_t (&counts)[3], Position position, Body body) {
+  alignas(64) T raised[kBlock + 1], line[kBlock], weights[kBlock];
+  int64_t cell[kBlock], start[kBlock + 1];
+  const T* raw = static_cast<const T*>(t.raw);
+  const int64_t width = t.from[2], plane = t.from[1] * width;
+  for (int64_t x0 = 0; x0 < counts[2]; x0 += kBlock) {
+    const int64_t length = counts[2] - x0 < kBlock ? counts[2] - x0 : kBlock;
+    // Neighbouring positions read the same two values: a run of them is a loop without gathers.
+    int64_t runs = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const Place<T> px = place<T>(position(2, x0 + i), width, t.to[2]);
+      weights[i] = px.weight;
+      if (runs == 0 || cell[runs - 1] != px.low) {
+        cell[runs] = px.low;
+        start[runs++] = i;
+      }
+    }
+    start[runs] = length;
+    for (int64_t z = 0; z < counts[0]; ++z) {
+      const Place<T> pz = place<T>(position(0, z), t.from[0], t.to[0]);
+      for (int64_t y = 0; y < counts[1]; ++y) {
+        const Place<T> py = place<T>(position(1, y), t.from[1], t.to[1]);
+        const T* r[4] = {raw + pz.low * plane + py.low * width, raw + pz.low * plane + py.high * width,
+                         raw + pz.high * plane + py.low * width, raw + pz.high * plane + py.high * width};
+        const bool flat = t.from[0] == 1;
+        const auto at = [&](int64_t x) {
+          const auto unit = [&](const T* row) { return (positive(row[x]) - low) / scale; };
+          const T near = between(unit(r[0]), unit(r[1]), py.weight);
+          return flat ? near : between(near, between(unit(r[2]), unit(r[3]), py.weight), pz.weight);
+        };
+        const bool kept = width <= kBlock;
+        if (kept) {
+          for (int64_t x = 0; x < width; ++x) raised[x] = at(x);
+          raised[width] = raised[width - 1];
+        }
+        for (int64_t run = 0; run < runs; ++run) {
+          const int64_t c = cell[run], next = c + (c < width - 1 ? 1 : 0);
+          const T a = kept ? raised[c] : at(c), b = kept ? raised[next] : at(next);
+          for (int64_t i = start[run]; i < start[run + 1]; ++i) line[i] = between(a, b, weights[i]);
+        }
+        body((z * counts[1] + y) * counts[2] + x0, length, line);
+      }
+    }
+  }
+}
+
 template <typename T>
 void display(const DisplayTask& t) {
-  alignas(64) T tmp[kBlock];
   const T* raw = static_cast<const T*>(t.raw);
-  const int64_t count = t.from[0] * t.from[1] * t.from[2], row = t.to[2];
+  const int64_t count = t.from[0] * t.from[1] * t.from[2];
   Extent<T> extent(positive(raw[0]));
   for (int64_t i = 0; i < count; ++i) extent.add(positive(raw[i]));
   extent.settle();
   const T low = extent.low, scale = divisor_of(extent);
-  const auto every_row = [&](auto body) {
-    for (int64_t z = 0; z < t.to[0]; ++z) {
-      for (int64_t y = 0; y < t.to[1]; ++y) body((z * t.to[1] + y) * row, z, y);
-    }
-  };
   T low2 = 0, scale2 = 1;
-  const bool direct = t.out_dtype == (sizeof(T) == 8 ? SHAPLEYCAM_FLOAT64 : SHAPLEYCAM_FLOAT32);
-  T* out = static_cast<T*>(t.out);
   if (t.renormalize) {
-    T first = 0;
-    resized_row(t, raw, low, scale, 0, 0, tmp, [&](int64_t x, T value) { first = x == 0 ? value : first; });
-    Extent<T> all(first);
-    every_row([&](int64_t at, int64_t z, int64_t y) {
-      resized_row(t, raw, low, scale, z, y, tmp, [&](int64_t x, T value) {
-        all.add(value);
-        if (direct) out[at + x] = value;
-      });
+    int64_t some[3];
+    for (int axis = 0; axis < 3; ++axis) some[axis] = extremes(t.from[axis], t.to[axis]);
+    bool empty = true;
+    Extent<T> all(0);
+    const auto where = [&](int axis, int64_t q) { return extreme<T>(q, t.from[axis], t.to[axis]); };
+    resize(t, low, scale, some, where, [&](int64_t, int64_t length, const T* line) {
+      if (empty) all = Extent<T>(line[0]);
+      empty = false;
+      for (int64_t i = 0; i < length; ++i) all.add(line[i]);
     });
     all.settle();
     low2 = all.low;
     scale2 = divisor_of(all);
-    if (direct) {
-      for (int64_t i = 0; i < t.to[0] * t.to[1] * row; ++i) out[i] = (out[i] - low2) / scale2;
-      return;
-    }
   }
-  every_row([&](int64_t at, int64_t z, int64_t y) {
-    resized_row(t, raw, low, scale, z, y, tmp, [&](int64_t x, T value) {
-      const T last = t.renormalize ? (value - low2) / scale2 : value;
-      if (direct) {
-        out[at + x] = last;
-      } else if (t.out_dtype == SHAPLEYCAM_FLOAT16) {
-        static_cast<uint16_t*>(t.out)[at + x] = narrow_float16(static_cast<float>(last));
-      } else {
-        // NaN becomes 0: a byte cannot say it.
-        const T scaled = last > T(0) ? last * T(255) : T(0);
-        static_cast<uint8_t*>(t.out)[at + x] = static_cast<uint8_t>(__builtin_rint(scaled < T(255) ? scaled : T(255)));
+  const auto everywhere = [](int, int64_t q) { return q; };
+  resize(t, low, scale, t.to, everywhere, [&](int64_t offset, int64_t length, T* line) {
+    if (t.renormalize) {
+      // Rounding may carry a value a step beyond the extremes; NaN stays.
+      for (int64_t i = 0; i < length; ++i) {
+        const T value = (line[i] - low2) / scale2;
+        line[i] = value < T(0) ? T(0) : (value > T(1) ? T(1) : value);
       }
-    });
+    }
+    if (t.out_dtype == SHAPLEYCAM_FLOAT16) {
+      uint16_t* out = static_cast<uint16_t*>(t.out) + offset;
+      for (int64_t i = 0; i < length; ++i) out[i] = narrow_float16(static_cast<float>(line[i]));
+    } else if (t.out_dtype == SHAPLEYCAM_UINT8) {
+      uint8_t* out = static_cast<uint8_t*>(t.out) + offset;
+      for (int64_t i = 0; i < length; ++i) {
+        // NaN becomes 0: a byte cannot say it.
+        const T scaled = line[i] > T(0) ? line[i] * T(255) : T(0);
+        out[i] = static_cast<uint8_t>(static_cast<int32_t>(__builtin_rint(scaled < T(255) ? scaled : T(255))));
+      }
+    } else {
+      T* out = static_cast<T*>(t.out) + offset;
+      for (int64_t i = 0; i < length; ++i) out[i] = line[i];
+    }
   });
 }
 
