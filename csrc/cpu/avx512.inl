@@ -12,6 +12,12 @@ struct float32_tag {};
 struct float16_tag {};
 struct bfloat16_tag {};
 
+// Asks for what will be read some rows later: short rows, which start anywhere in a line, hold the hardware's own guesses up.
+template <typename E>
+inline void ahead(const E* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p) + 2048, _MM_HINT_T0);
+}
+
 inline __mmask16 ends(int64_t left) { return static_cast<__mmask16>((1u << left) - 1u); }
 
 inline __m512 widen(__m256i x, float16_tag) { return _mm512_cvtph_ps(x); }
@@ -42,6 +48,19 @@ inline void each(int64_t count, Body body) {
   }
 }
 
+// The sum of product(offset, load, mask) over a run. Four sums at a time: one would wait for itself.
+template <typename I, typename Product>
+inline float sum_of(int64_t count, Product product) {
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  const auto all = [](const typename I::Element* p) { return I::all(p); };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) sums[k] = _mm512_add_ps(sums[k], product(i + k * kLanes, all, __mmask16(0xffff)));
+  }
+  each<I>(count - i, [&](int64_t j, auto load, __mmask16 m) { sums[0] = _mm512_add_ps(sums[0], product(i + j, load, m)); });
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
 inline __m512 positive(__m512 x) {
   return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
 }
@@ -66,6 +85,7 @@ constexpr int kHeld = 14;  // 14 x 14 positions and more; leaves registers for t
 
 template <int kVectors>
 struct Held {
+  static constexpr int kCount = kVectors;
   __m512 sum[kVectors];
   __mmask16 end;
   explicit Held(int64_t positions) : end(ends(positions - (kVectors - 1) * kLanes)) {
@@ -107,6 +127,11 @@ void channels_first(const ReduceTask& t) {
   const bool small = held(t.positions, [&](auto map) {
     for (int64_t c = t.first; c < t.first + t.channels; ++c) {
       const E *a = run(t.a, c), *g = run(t.g, c), *h = kSecond ? run(t.h, c) : g;
+      for (int v = 0; v < map.kCount; ++v) {
+        ahead(a + v * kLanes);
+        ahead(g + v * kLanes);
+        if (kSecond) ahead(h + v * kLanes);
+      }
       if constexpr (kPooling == SHAPLEYCAM_MEAN) {
         __m512 sum = _mm512_setzero_ps();
         map.template row<I>(
@@ -153,35 +178,34 @@ void channels_last(const ReduceTask& t) {
   };
   if constexpr (kPooling == SHAPLEYCAM_MEAN) {
     for (int64_t i = 0; i < t.channels; ++i) alpha[i] = 0;
-    // Two positions to a pass halve the traffic of the running sums.
-    int64_t s = 0;
-    for (; s + 2 <= t.positions; s += 2) {
-      const E *g0 = run(t.g, s), *h0 = kSecond ? run(t.h, s) : g0, *g1 = run(t.g, s + 1), *h1 = kSecond ? run(t.h, s + 1) : g1;
+    // Several positions to a pass, so that the running sums travel less.
+    constexpr int kTogether = 4;
+    for (int64_t s = 0; s < t.positions; s += kTogether) {
+      const E *g[kTogether], *h[kTogether];
+      const int64_t left = t.positions - s;
+      for (int k = 0; k < kTogether; ++k) {
+        g[k] = run(t.g, k < left ? s + k : s);
+        h[k] = kSecond ? run(t.h, k < left ? s + k : s) : g[k];
+      }
       each<I>(t.channels, [&](int64_t i, auto load, __mmask16 m) {
-        const __m512 w = _mm512_add_ps(weight<kSecond>(load, g0 + i, h0 + i), weight<kSecond>(load, g1 + i, h1 + i));
-        _mm512_mask_storeu_ps(alpha + i, m, _mm512_add_ps(w, _mm512_maskz_loadu_ps(m, alpha + i)));
-      });
-    }
-    if (s < t.positions) {
-      const E *g = run(t.g, s), *h = kSecond ? run(t.h, s) : g;
-      each<I>(t.channels, [&](int64_t i, auto load, __mmask16 m) {
-        const __m512 w = weight<kSecond>(load, g + i, h + i);
-        _mm512_mask_storeu_ps(alpha + i, m, _mm512_add_ps(w, _mm512_maskz_loadu_ps(m, alpha + i)));
+        __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(m, alpha + i), weight<kSecond>(load, g[0] + i, h[0] + i));
+        if (left >= kTogether) {
+          for (int k = 1; k < kTogether; ++k) sum = _mm512_add_ps(sum, weight<kSecond>(load, g[k] + i, h[k] + i));
+        } else {
+          for (int64_t k = 1; k < left; ++k) sum = _mm512_add_ps(sum, weight<kSecond>(load, g[k] + i, h[k] + i));
+        }
+        _mm512_mask_storeu_ps(alpha + i, m, sum);
       });
     }
     for (int64_t i = 0; i < t.channels; ++i) alpha[i] /= static_cast<float>(t.positions);
   }
   for (int64_t s = 0; s < t.positions; ++s) {
     const E *a = run(t.a, s), *g = run(t.g, s), *h = kSecond ? run(t.h, s) : g;
-    __m512 sum = _mm512_setzero_ps();
-    each<I>(t.channels, [&](int64_t i, auto load, __mmask16 m) {
-      if constexpr (kPooling == SHAPLEYCAM_MEAN) {
-        sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, alpha + i), load(a + i), sum);
-      } else {
-        sum = _mm512_add_ps(sum, term<kPooling>(load(a + i), weight<kSecond>(load, g + i, h + i)));
-      }
-    });
-    out[s] = _mm512_reduce_add_ps(sum);
+    const auto product = [&](int64_t i, auto load, __mmask16 m) {
+      if constexpr (kPooling == SHAPLEYCAM_MEAN) return _mm512_mul_ps(_mm512_maskz_loadu_ps(m, alpha + i), load(a + i));
+      return term<kPooling>(load(a + i), weight<kSecond>(load, g + i, h + i));
+    };
+    out[s] = sum_of<I>(t.channels, product);
   }
 }
 
@@ -218,20 +242,9 @@ void sum_rows(const SumTask& t, bool last) {
       const E* a = base + s * t.a.stride_s;
       for (int64_t m = 0; m < t.rows; ++m) {
         const float* weights = alpha + m * t.alpha_stride;
-        // Four sums at a time: one would wait for itself.
-        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-        int64_t from = 0;
-        for (; from + 4 * kLanes <= t.channels; from += 4 * kLanes) {
-          for (int k = 0; k < 4; ++k) {
-            const int64_t i = from + k * kLanes;
-            sums[k] = _mm512_fmadd_ps(_mm512_loadu_ps(weights + i), I::all(a + i), sums[k]);
-          }
-        }
-        each<I>(t.channels - from, [&](int64_t i, auto load, __mmask16 mask) {
-          sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, weights + from + i), load(a + from + i), sums[0]);
+        out[m * t.out_stride + s] = sum_of<I>(t.channels, [&](int64_t i, auto load, __mmask16 mask) {
+          return _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weights + i), load(a + i));
         });
-        out[m * t.out_stride + s] =
-            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
       }
     }
     return;
@@ -242,6 +255,7 @@ void sum_rows(const SumTask& t, bool last) {
       const float* weights = alpha + m * t.alpha_stride;
       for (int64_t c = 0; c < t.channels; ++c) {
         const E* a = base + c * t.a.stride_c;
+        for (int v = 0; v < map.kCount; ++v) ahead(a + v * kLanes);
         const __m512 weight_of_row = _mm512_set1_ps(weights[c]);
         map.template row<I>(
             [&](int v, auto load) { map.sum[v] = _mm512_fmadd_ps(weight_of_row, load(a + v * kLanes), map.sum[v]); });

@@ -7,7 +7,7 @@
 namespace shapleycam {
 
 // Everything a task needs beyond this lives on its stack; a chunk never has more channels than this.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 2048;
 
 struct ReduceTask {
   shapleycam_view a, g, h;  // h.data is null where there is no Hessian-vector product
