@@ -22,18 +22,20 @@ step() { # name, seconds, command...
 "$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
 
 # Into a folder of its own: the machine's Python stays as it is.
-step "build" 150 env SHAPLEYCAM_BUILD=cuda "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index \
+step "build" 120 env SHAPLEYCAM_BUILD=cuda "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index \
   --target "$work/site" .
 ((${#failed[@]})) && { echo "FAILED: ${failed[*]}"; exit 1; }
 export PYTHONPATH="$work/site:$PWD" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
-# Triton compiles several hundred variants here; how long that takes on a GPU machine has not been measured yet.
-step "operator tests" 220 "$python" -m pytest tests/gpu tests/ops -q --junitxml="$out/gpu-tests.xml"
+# In two steps: Triton compiles several hundred variants, and how long that takes on a GPU machine has not been measured yet.
+step "tests of the CUDA kernels and the explainer" 90 "$python" -m pytest tests/gpu tests/ops -q -k "not triton" \
+  --junitxml="$out/gpu-tests.xml"
+step "tests of the Triton kernels" 130 "$python" -m pytest tests/gpu tests/ops -q -k triton --junitxml="$out/gpu-tests-triton.xml"
 
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
   for tool in memcheck racecheck initcheck; do
-    step "compute-sanitizer $tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" tests/ops/gpu_small_set.py
+    step "compute-sanitizer $tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" tests/ops/gpu_small_set.py
   done
 else
   echo "compute-sanitizer was not found: the memory checks were NOT run."

@@ -160,17 +160,25 @@ def test_more_than_one_block(backend, shape, layout):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+EXTENTS = [(2, 96, 49), (2, 64, 16), (3, 40, 196), (1, 24, 784), (1, 8, 1032), (5, 8, 1), (1, 328, 9)]
+# One Triton kernel serves all extents, and compiling (or interpreting) every variant once more takes minutes.
+ON_EXTENTS = [
+    (backend, dtype, shape)
+    for backend, dtype, shape in itertools.product(BACKENDS, DTYPES[:3], EXTENTS)
+    if backend != "triton" or (dtype == torch.bfloat16 and shape in EXTENTS[:2])
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "shape"), ON_EXTENTS, ids=str)
 @pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("shape", [(2, 96, 49), (3, 40, 196), (1, 24, 784), (2, 64, 16), (1, 8, 1032), (5, 8, 1), (1, 328, 9)])
 def test_extents_of_networks(backend, dtype, layout, shape, monkeypatch):
     """Channels in whole vectors and images that are one run of memory: what kernels with wide loads take."""
+    poolings = ("mean", "plusplus") if backend == "triton" else contract.POOLINGS
     a, g, h = draw(shape, dtype, 0, positive=True), draw(shape, dtype, 1), draw(shape, dtype, 2)
     placed = [place(t, layout) for t in (a, g, h)]
     alphas = [draw((shape[0], rows, shape[1]), torch.float32, 3) for rows in (1, 3, 6)]
     poisoned(monkeypatch)
-    for pooling in contract.POOLINGS:
+    for pooling in poolings:
         for used in (placed, [*placed[:2], None]):
             result = ops.weighted_reduce(*used, pooling, backend=backend)
             check(result, exact(a, g, None if used[2] is None else h, pooling), dtype)
