@@ -23,16 +23,18 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from . import roi_align
 from .errors import LayerError, ModelStateError
 
 Replace = Callable[[int, Tensor], Tensor]
 
 
 class MathAttention(TorchFunctionMode):
-    """Runs scaled-dot-product attention as plain products and softmax wherever gradients are on.
+    """Runs scaled-dot-product attention as plain products and softmax where gradients are on; RoIAlign, twice differentiable.
 
-    Fused attention has no double backward. Torch's own switch (``sdpa_kernel``) is global to the process and would
-    change the user's other threads; this mode is local to the thread and leaves the trunk's fused attention alone.
+    Fused attention has no double backward, nor has torchvision's RoIAlign. Torch's own switch (``sdpa_kernel``) is global to
+    the process and would change the user's other threads; this mode is local to the thread and leaves the trunk's fused
+    attention alone.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,6 +48,8 @@ class MathAttention(TorchFunctionMode):
             wanted.arguments["need_weights"] = True
             attended, weights = func(*wanted.args, **wanted.kwargs)
             return attended, weights if asked else None
+        if getattr(func, "_qualified_op_name", None) == roi_align.NAME and torch.is_grad_enabled():
+            return roi_align.roi_align(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from . import ops
 from .derivatives import ENGINES, Derived, HeadChanged, Terms
+from .eigen import principal_map
 from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .layers import LayerSpec, check_stem, named_layers, token_facts
 from .layouts import Layout
 from .methods import Method, get_method
+from .perturbation import Scene, ablation_weights, check_chunk, poison, score_weights
 from .plan import Plan, Wishes, derive, make_plan, warn
 from .targets import as_targets, check_targets
 from .utilities import Utility, UtilityFunction, get_utility
@@ -51,9 +53,11 @@ class Explainer:
         backend: "auto", or "cuda", "triton", "native", "torch"; an explicit choice never falls back.
         layout: "auto"; a kind such as "NHWC" or "NTC"; or a :class:`shapleycam.Layout`.
         seed: the seed of RandomCAM.
+        chunk: how many masked images (ScoreCAM) or altered activations (AblationCAM) go through the model at once; None for a
+            number that suits the device and their size.
 
     Raises:
-        InputError: unknown method, utility, engine or backend.
+        InputError: unknown method, utility, engine or backend, or a chunk that is no positive number.
         LayerError: a named layer does not exist.
         ModelStateError: ``model`` is not an ``nn.Module``, or is compiled.
     """
@@ -68,6 +72,7 @@ class Explainer:
         backend: str = "auto",
         layout: str | Layout = "auto",
         seed: int = 0,
+        chunk: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelStateError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -89,6 +94,7 @@ class Explainer:
         self._plan: Plan | None = None
         self._lock = threading.RLock()
         self._seed = seed
+        self._chunk = check_chunk(chunk)
         self._generator: torch.Generator | None = None
 
     def __repr__(self) -> str:
@@ -121,6 +127,8 @@ class Explainer:
         """
         targets = as_targets(targets)
         self._check(images, targets)
+        if with_norms and self.method.order == 0:
+            raise InputError(f"Method {self.method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
         plan = self._plan or self.prepare(images)
         with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
             # The norms are those of g and HA; the maps and the gap need their combination only.
@@ -160,8 +168,8 @@ class Explainer:
                 poison = poison + derived.poison
             several = isinstance(targets, Tensor) and targets.ndim == 2
             raws, served = [], "torch"
-            for term in derived.terms:
-                raw, served = self._reduce(term, 1 if derived.targets is None else derived.targets.shape[1])  # [N, M, S]
+            for index, term in enumerate(derived.terms):
+                raw, served = self._reduce(plan, derived, index, images)  # [N, M, S]
                 raw = (raw + poison[:, None, None].to(raw.dtype)).unflatten(2, term.layout.grid)
                 raws.append(raw if several else raw[:, 0])
             norms = _norm_ratio(derived.terms) if with_norms else None
@@ -191,11 +199,16 @@ class Explainer:
             warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
         return explanation
 
-    def _reduce(self, term: Terms, classes: int) -> tuple[Tensor, str]:
+    def _reduce(self, plan: Plan, derived: Derived, index: int, images: Tensor) -> tuple[Tensor, str]:
         """One layer's signed maps [N, M, S], and the backend that made them."""
-        method, a = self.method, term.activations
+        method, term = self.method, derived.terms[index]
+        a = term.activations
+        if method.pooling == "eigen":
+            classes = 1 if derived.targets is None else derived.targets.shape[1]
+            weighted = [a] if method.order == 0 else [a * g for g in term.gradients]
+            return torch.stack([principal_map(w) for w in weighted], 1).expand(-1, classes, -1), "torch"
         if method.order == 0:
-            alpha = self._random(a, classes)
+            alpha = self._channel_weights(plan, derived, index, images)
             served = ops.select("channel_weighted_sum", a, alpha, backend=self.backend)
             return ops.channel_weighted_sum(a, alpha, backend=served), served
         hvps = term.hvps if method.order == 2 else [None] * len(term.gradients)
@@ -212,6 +225,29 @@ class Explainer:
             served = ops.select("weighted_reduce", a, g, h, pooling=method.pooling, backend=self.backend)
             maps.append(ops.weighted_reduce(a, g, h, method.pooling, backend=served))
         return torch.stack(maps, 1), served
+
+    def _channel_weights(self, plan: Plan, derived: Derived, index: int, images: Tensor) -> Tensor:
+        """The weights [N, M, C] of a method without derivatives."""
+        term = derived.terms[index]
+        if self.method.pooling == "random":
+            return self._random(term.activations, 1 if derived.targets is None else derived.targets.shape[1])
+        scene = Scene(
+            model=self.model,
+            layer=plan.layers[index],
+            linear=plan.linear if plan.engine == "closed_form" else None,
+            utility=self.utility,
+            images=images.detach(),
+            term=term,
+            outputs=derived.outputs,
+            logits=derived.logits,
+            targets=derived.targets,
+            chunk=self._chunk,
+        )
+        if self.method.pooling == "score":
+            alpha = score_weights(scene)
+        else:
+            alpha = ablation_weights(scene, floor=self.method.pooling == "ablation_floor")
+        return alpha + poison(term.activations)[:, None, None].to(alpha.dtype)
 
     def _random(self, activations: Tensor, classes: int) -> Tensor:
         with self._lock:

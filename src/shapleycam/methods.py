@@ -1,8 +1,9 @@
 """The method table: every attribution method is one row, not one class.
 
 A row says which derivatives a method needs and how its weight meets the activations (the ``pooling`` of
-:func:`shapleycam.ops.weighted_reduce`). With ``w = gradient - hvp / 2`` for the second-order rows and ``w = gradient``
-for the first-order ones, the formulas are those of arXiv 2501.06261, section 4, under the names the paper uses.
+:func:`shapleycam.ops.weighted_reduce`, or a source of channel weights that needs no derivative). With
+``w = gradient - hvp / 2`` for the second-order rows and ``w = gradient`` for the first-order ones, the formulas are those
+of arXiv 2501.06261, section 4, under the names the paper uses.
 
 Naming trap: in the authors' public code the class ``ShapleyCAM`` is the paper's ShapleyCAM-E, and ``ShapleyCAM_mean``
 is the paper's ShapleyCAM.
@@ -26,7 +27,9 @@ class Method:
         name: the key, lower case ("shapleycam-h").
         title: the name as the literature writes it ("ShapleyCAM-H").
         order: the highest derivative it needs: 2 (gradient and Hessian-vector product), 1 (gradient) or 0.
-        pooling: the row of :func:`shapleycam.ops.weighted_reduce`; "random" for RandomCAM, which needs no derivative.
+        pooling: the row of :func:`shapleycam.ops.weighted_reduce`. Without derivatives (order 0) it says where the channel
+            weights come from: "random", "score" or "ablation" (:mod:`shapleycam.perturbation`). "eigen" is the first
+            principal component (:mod:`shapleycam.eigen`) of A at order 0 and of g·A at order 1.
         formula: the map before the final ReLU.
     """
 
@@ -60,9 +63,13 @@ _ROWS = (
         "α_c = Σ_s max(g, 0)·g² / (2g² + g³·Σ_s A + 1e-6), 0 where g = 0; Σ_c α_c·A",
     ),
     Method("randomcam", "RandomCAM", 0, "random", "α_c ~ Uniform(-1, 1), seeded; Σ_c α_c·A"),
+    Method("scorecam", "ScoreCAM", 0, "score", "α_c = softmax_c U(image · A_c resized and scaled to [0, 1]); Σ_c α_c·A"),
+    Method("ablationcam", "AblationCAM", 0, "ablation", "α_c = (U(A) - U(A with A_c = 0)) / U(A); Σ_c α_c·A"),
+    Method("eigencam", "EigenCAM", 0, "eigen", "first principal component of A over the positions"),
+    Method("eigengradcam", "EigenGradCAM", 1, "eigen", "first principal component of g·A over the positions"),
 )
 
-#: Every method by name, in the order of the paper's table.
+#: Every method by name: the rows of the paper's table, then those that pytorch-grad-cam's users know besides.
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
 
 

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .derivatives import (
@@ -116,6 +117,8 @@ def make_plan(wishes: Wishes, images: Tensor) -> Plan:
     Raises:
         InputError, LayerError, ModelStateError, DerivativeError: as :meth:`shapleycam.Explainer.__call__`.
     """
+    # A utility that holds something per image holds it for the whole batch; these are its first images.
+    wishes = replace(wishes, utility=wishes.utility.rows(torch.arange(images.shape[0], device=images.device)))
     seen = survey(wishes.model, images, gradients=wishes.layers is None)
     layers = wishes.layers
     if layers is None:

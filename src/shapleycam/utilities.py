@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +58,15 @@ class Utility:
     def named(self) -> bool:
         """Whether this is one of the table's utilities, with a known gradient and curvature."""
         return self.gradient is not None
+
+    def rows(self, rows: Tensor) -> Utility:
+        """This utility for other rows: entry i belongs to image ``rows[i]`` (int64 [B]) of the batch.
+
+        A callable that holds something per image (a mask, boxes) says so by a method ``rows(rows) -> callable``; every other
+        utility is the same for all rows.
+        """
+        select = getattr(self.value, "rows", None)
+        return self if select is None else replace(self, value=select(rows))
 
 
 def _wide(z: Tensor) -> Tensor:

@@ -76,3 +76,14 @@ def test_shapes_that_do_not_fit_are_refused(images: Tensor) -> None:
     with pytest.raises(LayerError, match="not reached"):
         Head(net, ("lost", nn.Conv2d(1, 1, 1)), images)
     assert not net.block._forward_hooks
+
+
+def test_one_image_shows_that_the_head_counts_its_images(images: Tensor) -> None:
+    net = Net(saved_batch=True).eval()
+    head = Head(net, ("block", net.block), images[:1])
+    assert head.bypassed
+    expected = Head(net, ("block", net.block), images).outputs
+    found = head(net.block(net.trunk(images)).detach(), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(found, expected)
+    plain = Net().eval()
+    assert not Head(plain, ("block", plain.block), images[:1]).bypassed
