@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .layers import LayerSpec, check_stem, named_layers, token_facts
 from .layouts import Layout
-from .methods import Method, get_method
+from .methods import PAPER_METHODS, Method, get_method
 from .perturbation import Scene, ablation_weights, check_chunk, poison, score_weights
 from .plan import Plan, Wishes, derive, make_plan, warn
 from .targets import as_targets, check_targets
@@ -91,7 +92,7 @@ class Explainer:
         named = None if isinstance(layer, str) and layer == "auto" else tuple(named_layers(model, layer))
         self._wishes = Wishes(model, named, self.method, self.utility, engine, layout, token_facts(model), backend)
         self._modal = tuple((name, module) for name, module in model.named_modules() if _depends_on_mode(module))
-        self._plan: Plan | None = None
+        self._plans: dict[int, Plan] = {}  # by the order of the derivatives they were studied for
         self._lock = threading.RLock()
         self._seed = seed
         self._chunk = check_chunk(chunk)
@@ -104,6 +105,10 @@ class Explainer:
             f"Explainer({type(self.model).__name__}, layer={layers}, method={self.method.name!r}, "
             f"utility={self.utility.name!r}, engine={engine!r}, backend={self.backend!r})"
         )
+
+    @property
+    def _plan(self) -> Plan | None:
+        return self._plans.get(self.method.order)
 
     # ------------------------------------------------------------------------------------------------- the road
 
@@ -126,22 +131,40 @@ class Explainer:
             DerivativeError: no path from the layer to the utility, or an operator without the derivative needed.
         """
         targets = as_targets(targets)
-        self._check(images, targets)
         if with_norms and self.method.order == 0:
             raise InputError(f"Method {self.method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
-        plan = self._plan or self.prepare(images)
-        with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
-            # The norms are those of g and HA; the maps and the gap need their combination only.
-            request = partial(self._wishes.request, images=images, targets=targets, baseline=with_gap, combined=not with_norms)
-            try:
-                derived = derive(plan, request(plan))
-            except HeadChanged:
-                # The model was edited since the plan was made: look again, once.
-                with self._lock:
-                    self._plan = None
-                plan = self.prepare(images)
-                derived = derive(plan, request(plan))
-            return self._finish(plan, derived, images, targets, with_norms, with_gap)
+        plan, derived = self._derive(images, targets, (self.method,), with_norms, with_gap)
+        return self._finish(self.method, plan, derived, images, targets, with_norms, with_gap)
+
+    def compare(
+        self, images: Tensor, targets: Any = None, methods: str | Method | Sequence[str | Method] = PAPER_METHODS
+    ) -> dict[str, Explanation]:
+        """Explain a batch by several methods at the price of one: they share a forward pass and its derivatives.
+
+        The maps are those of one explainer per method. RandomCAM draws from this explainer's own random numbers.
+
+        Args:
+            images, targets: as for :meth:`__call__`.
+            methods: rows of :data:`shapleycam.METHODS`, by name, each once; all of the paper's by default.
+
+        Returns:
+            an explanation per method, under its name, in the order asked for.
+
+        Raises:
+            InputError: no method, an unknown one, or one twice; otherwise as :meth:`__call__`.
+        """
+        rows = [get_method(method) for method in ((methods,) if isinstance(methods, (str, Method)) else methods)]
+        names = [row.name for row in rows]
+        if not rows or len(set(names)) < len(names):
+            raise InputError(f"methods must name at least one method, and each once; got {names}.")
+        targets = as_targets(targets)
+        plan, derived = self._derive(images, targets, rows, False, False)
+        return {row.name: self._finish(row, plan, derived, images, targets, False, False) for row in rows}
+
+    def reseed(self, seed: int) -> None:
+        """Start RandomCAM's random numbers again, from ``seed``."""
+        with self._lock:
+            self._seed, self._generator = seed, None
 
     def prepare(self, images: Tensor) -> Plan:
         """Study the model on the first two of ``images`` and remember the findings; returns the plan.
@@ -151,17 +174,49 @@ class Explainer:
         Raises:
             As :meth:`__call__`.
         """
+        return self._study(self._wishes, images)
+
+    def _study(self, wishes: Wishes, images: Tensor) -> Plan:
         with self._lock:
-            if self._plan is None:
+            plan = self._plans.get(wishes.method.order)
+            if plan is None:
                 self._check(images, None)
                 with torch.inference_mode(False):
-                    self._plan = make_plan(self._wishes, images[:2].detach().clone())
-            return self._plan
+                    plan = self._plans[wishes.method.order] = make_plan(wishes, images[:2].detach().clone())
+            return plan
+
+    def _derive(
+        self, images: Tensor, targets: Any, methods: Sequence[Method], with_norms: bool, with_gap: bool
+    ) -> tuple[Plan, Derived]:
+        """The plan, and the derivatives of the highest order that one of the methods needs."""
+        self._check(images, targets)
+        orders = {method.order for method in methods}
+        wishes = replace(self._wishes, method=max(methods, key=lambda method: method.order))
+        # First-order methods read g and norms are those of g and HA; other maps and the gap need their combination only.
+        combined = not with_norms and not {1, 2} <= orders
+        with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
+            request = partial(wishes.request, images=images, targets=targets, baseline=with_gap, combined=combined)
+            plan = self._plans.get(wishes.method.order) or self._study(wishes, images)
+            try:
+                return plan, derive(plan, request(plan))
+            except HeadChanged:
+                # The model was edited since the plan was made: look again, once.
+                with self._lock:
+                    self._plans.clear()
+                plan = self._study(wishes, images)
+                return plan, derive(plan, request(plan))
 
     def _finish(
-        self, plan: Plan, derived: Derived, images: Tensor, targets: Any, with_norms: bool, with_gap: bool
+        self,
+        method: Method,
+        plan: Plan,
+        derived: Derived,
+        images: Tensor,
+        targets: Any,
+        with_norms: bool,
+        with_gap: bool,
     ) -> Explanation:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             # NaN for an image with NaN or Inf in it, else 0: a network may swallow either, its map must not.
             poison = images.detach().flatten(1).sum(1, dtype=torch.promote_types(images.dtype, torch.float32)) * 0
             if derived.poison is not None:
@@ -169,7 +224,7 @@ class Explainer:
             several = isinstance(targets, Tensor) and targets.ndim == 2
             raws, served = [], "torch"
             for index, term in enumerate(derived.terms):
-                raw, served = self._reduce(plan, derived, index, images)  # [N, M, S]
+                raw, served = self._reduce(method, plan, derived, index, images)  # [N, M, S]
                 raw = (raw + poison[:, None, None].to(raw.dtype)).unflatten(2, term.layout.grid)
                 raws.append(raw if several else raw[:, 0])
             norms = _norm_ratio(derived.terms) if with_norms else None
@@ -182,13 +237,13 @@ class Explainer:
             raws=tuple(raws),
             image_size=tuple(images.shape[2:]),
             diagnostics=Diagnostics(
-                method=self.method.name,
+                method=method.name,
                 utility=self.utility.name,
-                engine=derived.engine if self.method.order else "none",
+                engine=derived.engine if method.order else "none",
                 backend=served,
                 layers=tuple(name for name, _ in plan.layers),
                 layouts=tuple(term.layout for term in derived.terms),
-                notes=plan.notes,
+                notes=plan.notes if method.order == 2 else (),  # they speak of the Hessian term
             ),
             hvp_ratio=None if norms is None else pick(norms),
             gap=None if gap is None else pick(gap),
@@ -199,16 +254,16 @@ class Explainer:
             warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
         return explanation
 
-    def _reduce(self, plan: Plan, derived: Derived, index: int, images: Tensor) -> tuple[Tensor, str]:
+    def _reduce(self, method: Method, plan: Plan, derived: Derived, index: int, images: Tensor) -> tuple[Tensor, str]:
         """One layer's signed maps [N, M, S], and the backend that made them."""
-        method, term = self.method, derived.terms[index]
+        term = derived.terms[index]
         a = term.activations
         if method.pooling == "eigen":
             classes = 1 if derived.targets is None else derived.targets.shape[1]
             weighted = [a] if method.order == 0 else [a * g for g in term.gradients]
             return torch.stack([principal_map(w) for w in weighted], 1).expand(-1, classes, -1), "torch"
         if method.order == 0:
-            alpha = self._channel_weights(plan, derived, index, images)
+            alpha = self._channel_weights(method, plan, derived, index, images)
             served = ops.select("channel_weighted_sum", a, alpha, backend=self.backend)
             return ops.channel_weighted_sum(a, alpha, backend=served), served
         hvps = term.hvps if method.order == 2 else [None] * len(term.gradients)
@@ -226,10 +281,10 @@ class Explainer:
             maps.append(ops.weighted_reduce(a, g, h, method.pooling, backend=served))
         return torch.stack(maps, 1), served
 
-    def _channel_weights(self, plan: Plan, derived: Derived, index: int, images: Tensor) -> Tensor:
+    def _channel_weights(self, method: Method, plan: Plan, derived: Derived, index: int, images: Tensor) -> Tensor:
         """The weights [N, M, C] of a method without derivatives."""
         term = derived.terms[index]
-        if self.method.pooling == "random":
+        if method.pooling == "random":
             return self._random(term.activations, 1 if derived.targets is None else derived.targets.shape[1])
         scene = Scene(
             model=self.model,
@@ -243,10 +298,10 @@ class Explainer:
             targets=derived.targets,
             chunk=self._chunk,
         )
-        if self.method.pooling == "score":
+        if method.pooling == "score":
             alpha = score_weights(scene)
         else:
-            alpha = ablation_weights(scene, floor=self.method.pooling == "ablation_floor")
+            alpha = ablation_weights(scene, floor=method.pooling == "ablation_floor")
         return alpha + poison(term.activations)[:, None, None].to(alpha.dtype)
 
     def _random(self, activations: Tensor, classes: int) -> Tensor:

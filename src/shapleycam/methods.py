@@ -72,6 +72,21 @@ _ROWS = (
 #: Every method by name: the rows of the paper's table, then those that pytorch-grad-cam's users know besides.
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
 
+#: The names of the methods in the table of arXiv 2501.06261.
+PAPER_METHODS = (
+    "shapleycam",
+    "shapleycam-h",
+    "shapleycam-e",
+    "shapleycam-x",
+    "gradcam",
+    "hirescam",
+    "gradcam-e",
+    "xgradcam",
+    "layercam",
+    "gradcam++",
+    "randomcam",
+)
+
 
 def get_method(name: str | Method) -> Method:
     """The row called ``name`` (case does not matter).
