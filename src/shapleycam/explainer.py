@@ -176,6 +176,10 @@ class Explainer:
         """
         return self._study(self._wishes, images)
 
+    def layout_of(self, name: str, module: nn.Module, activations: Tensor, images: Tensor) -> Layout:
+        """How this explainer reads the output of a target layer; see :class:`shapleycam.Layout`."""
+        return self._wishes.layout_of(name, module, activations, images)
+
     def _study(self, wishes: Wishes, images: Tensor) -> Plan:
         with self._lock:
             plan = self._plans.get(wishes.method.order)

@@ -16,6 +16,17 @@ from torch.utils._pytree import tree_leaves
 from .capture import Capture
 from .errors import InputError
 
+#: What one pass may hold, in bytes of the tensor that is altered. On a CPU small passes stay in the cache.
+ACTIVATION_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
+
+
+def rows_per_pass(row: Tensor, chunk: int | None, bounds: dict[str, int] = ACTIVATION_BYTES) -> int:
+    """How many copies of ``row`` one pass may hold: ``chunk`` where it is given, else what the bounds allow."""
+    if chunk is not None:
+        return chunk
+    bound = bounds["cpu" if row.device.type == "cpu" else "other"]
+    return max(1, bound // max(1, row.numel() * row.element_size()))
+
 
 class Head:
     """The part of ``model`` behind one target layer, as a function of that layer's output.

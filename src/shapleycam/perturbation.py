@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .capture import logits_of
 from .derivatives import Terms
 from .errors import InputError
-from .head import Head
+from .head import Head, rows_per_pass
 from .layers import affine_tolerance
 from .methods import Method, get_method
 from .packing import PackedConvolutions
@@ -41,7 +41,6 @@ ABLATION_FLOOR: Method = replace(
 # What one chunk may take, in bytes of the tensor that is altered. On a CPU small chunks stay in the cache and below the size
 # from which every allocation asks the system for fresh pages (measured: 4 images of 224 are up to twice as fast as 16).
 _IMAGE_BYTES = {"cpu": 5 << 19, "other": 128 << 20}
-_ACTIVATION_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 _LOGIT_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 
 
@@ -87,13 +86,6 @@ class Scene:
             columns = [targets[:, m] for m in range(targets.shape[1])]
         return torch.stack([evaluate(utility, outputs, logits, column, batch) for column in columns], 1)
 
-    def rows_per_pass(self, row: Tensor, bounds: dict[str, int]) -> int:
-        """How many copies of ``row`` one pass may hold."""
-        if self.chunk is not None:
-            return self.chunk
-        bound = bounds["cpu" if row.device.type == "cpu" else "other"]
-        return max(1, bound // max(1, row.numel() * row.element_size()))
-
 
 def score_weights(scene: Scene) -> Tensor:
     """ScoreCAM's weights (Wang et al., CVPR workshops 2020): ``softmax over c of U(x · M_c)``.
@@ -125,7 +117,7 @@ def score_weights(scene: Scene) -> Tensor:
         masks = (masks - low.view(shape)) / (high - low + 1e-8).view(shape)
         return scene.score(run(images[n] * masks), n)
 
-    scores = _ask_all(ask, live | stand_in, scene.rows_per_pass(images[0], _IMAGE_BYTES), scene.classes)  # [N, C, M]
+    scores = _ask_all(ask, live | stand_in, rows_per_pass(images[0], scene.chunk, _IMAGE_BYTES), scene.classes)  # [N, C, M]
     dead = scores.masked_fill(~stand_in[:, :, None], 0).sum(1, keepdim=True)
     scores = torch.where(live[:, :, None], scores, dead)
     return scores.softmax(1).transpose(1, 2)
@@ -162,7 +154,7 @@ def ablation_weights(scene: Scene, *, floor: bool = False) -> Tensor:
         )
         return scene.score(head(altered, n), n)
 
-    rows = scene.rows_per_pass(whole[0], _ACTIVATION_BYTES)
+    rows = rows_per_pass(whole[0], scene.chunk)
     # Setting a dead channel to zero changes nothing.
     tried = live if fill is None else torch.ones_like(live)
     scores = _ask_all(ask, tried, rows, scene.classes)
@@ -239,7 +231,7 @@ def _ablate_linear(scene: Scene, linear: nn.Linear, means: Tensor, fill: Tensor 
         return scene.score(torch.addcmul(z[n], step[n, c][:, None], columns[c]), n)
 
     everything = torch.ones_like(means, dtype=torch.bool)
-    scores = _ask_all(ask, everything, scene.rows_per_pass(z[0], _LOGIT_BYTES), scene.classes)
+    scores = _ask_all(ask, everything, rows_per_pass(z[0], scene.chunk, _LOGIT_BYTES), scene.classes)
     return ((base[:, None] - scores) / base[:, None]).transpose(1, 2)
 
 
