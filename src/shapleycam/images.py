@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-def read_image(path: str | PathLike[str]) -> Image:
+def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None) -> Image:
     """Decode a file as an upright 8-bit RGB picture.
 
     The EXIF orientation is applied. Transparency is laid over white. 16-bit greyscale is scaled by 1/257, where
@@ -28,7 +28,8 @@ def read_image(path: str | PathLike[str]) -> Image:
     frame is taken.
 
     Args:
-        path: any format Pillow reads.
+        path: any format Pillow reads; or an open file.
+        name: what errors call the picture; the path by default.
 
     Returns:
         A Pillow image in mode "RGB".
@@ -40,6 +41,7 @@ def read_image(path: str | PathLike[str]) -> Image:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    name = str(path) if name is None else name
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -48,15 +50,15 @@ def read_image(path: str | PathLike[str]) -> Image:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image in a format that Pillow reads.") from error
+        raise InputError(f"{name} is not an image in a format that Pillow reads.") from error
     except IsADirectoryError as error:
         raise InputError(f"{path} is a folder: name the files in it, for example {path}/*.jpg.") from error
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise InputError(f"{path} cannot be read: {reason}.") from error
+        raise InputError(f"{name} cannot be read: {reason}.") from error
     except Exception as error:
         # Pillow's decoders let through whatever a damaged file provokes in them (SyntaxError, struct.error, …).
-        raise InputError(f"{path} cannot be decoded: {type(error).__name__}: {error}.") from error
+        raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}.") from error
 
 
 def _rgb(picture: Image) -> Image:

@@ -1,4 +1,4 @@
-"""The commands and their options; what they do stands in explain.py, demo.py and info.py."""
+"""The commands and their options; what they do stands in explain.py, evaluate.py, demo.py and info.py."""
 
 from __future__ import annotations
 
@@ -116,6 +116,79 @@ def explain(
         out=out,
     )
     return explain_files(images, options, _results(), _stderr)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="DIR_OR_PARQUET", help="A folder of pictures, or of parquet files, or one.", show_default=False),
+    ],
+    model: Model = "efficientnet-lite0",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="A state_dict file or a set of torchvision's; with --paper-table, a folder of such files."),
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names with commas between them; the paper's eleven otherwise.", show_default=False)
+    ] = None,
+    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    layer: Annotated[list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")] = None,
+    engine: Annotated[str, typer.Option(help="Derivative engine: auto, closed_form, reverse_over_reverse, …")] = "auto",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures at a time: 16 on a CPU, more on an accelerator.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures, spread evenly over all.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Batches between two saved states.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of RandomCAM.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the table and the state.")] = Path("shapleycam-out/evaluate"),
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run has done.")] = False,
+    paper_table: Annotated[
+        bool, typer.Option("--paper-table", help="The paper's twelve networks, beside its numbers.")
+    ] = False,
+    network: Annotated[list[str] | None, typer.Option(help="With --paper-table: only this network; repeatable.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="With --paper-table: fetch weights that are missing.")] = False,
+) -> int:
+    """Evaluate attribution methods on a folder of pictures: Average Drop, Coherency, Complexity, ADCC and their kin.
+
+    Prints the table of arXiv 2501.06261 and writes table.csv, table.json and table.png. Pictures that cannot be read are
+    reported and counted, the others are done, and the exit status is 1. A run that was interrupted goes on where it was saved,
+    to the same numbers.
+    """
+    from ..evaluation import Protocol
+    from ..methods import PAPER_METHODS
+    from .evaluate import Options, method_names, run_evaluate
+
+    protocol = Protocol(
+        methods=PAPER_METHODS if methods is None else method_names(methods),
+        utility=utility,
+        layer=tuple(layer) if layer else "auto",
+        engine=engine,
+        backend=backend,
+        seed=seed,
+        workers=workers,
+        save_every=save_every,
+    )
+    options = Options(
+        source=source,
+        model=model,
+        weights=weights,
+        classes=classes,
+        protocol=protocol,
+        batch_size=batch_size,
+        limit=limit,
+        device=device,
+        output=output,
+        restart=restart,
+        paper_table=paper_table,
+        networks=tuple(network or ()),
+        download=download,
+    )
+    return run_evaluate(options, _results(), _stderr)
 
 
 @app.command()

@@ -81,6 +81,7 @@ class Measurement:
     """What the parts are made of, for a batch of N images and one method.
 
     Attributes:
+        targets: c, int64 [N].
         probabilities: p, [N].
         kept: p⁺, for the images times their maps, [N].
         deleted: p⁻, for the images times one minus their maps, [N].
@@ -88,6 +89,7 @@ class Measurement:
         again: M′, the same method's maps of the images times M, for the same classes, [N, *size].
     """
 
+    targets: Tensor
     probabilities: Tensor
     kept: Tensor
     deleted: Tensor
@@ -96,7 +98,7 @@ class Measurement:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five, in the order of :meth:`shapleycam.metrics.ADCC.update`."""
+        """All but the targets, in the order of :meth:`shapleycam.metrics.ADCC.update`."""
         return self.probabilities, self.kept, self.deleted, self.maps, self.again
 
 
@@ -132,7 +134,7 @@ def measure(
         with torch.no_grad():
             deleted = probabilities(explainer.model, mask(images, 1 - maps), classes)
         for name in sharers:
-            measured[name] = Measurement(p, again[name].probabilities, deleted, maps, again[name].heatmaps())
+            measured[name] = Measurement(classes, p, again[name].probabilities, deleted, maps, again[name].heatmaps())
     return {name: measured[name] for name in found}
 
 
