@@ -139,7 +139,7 @@ def evaluate(
     backend: Backend = "auto",
     device: Device = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures at a time: 16 on a CPU, more on an accelerator.")
+        int | None, typer.Option(min=1, help="Pictures at a time: 2 on a CPU, more on an accelerator.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures, spread evenly over all.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,

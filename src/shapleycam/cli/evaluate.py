@@ -88,8 +88,9 @@ def _one(options: Options, preset: Preset | None, progress: Console) -> Section:
     protocol = options.protocol
     if preset is not None and protocol.layer == "auto":
         protocol = replace(protocol, layer=preset.layer)
+    # On a CPU large batches fall out of the caches and cost more per picture.
     accelerator = preset.batch if preset is not None else 32
-    protocol = replace(protocol, batch_size=options.batch_size or (16 if device.type == "cpu" else accelerator))
+    protocol = replace(protocol, batch_size=options.batch_size or (2 if device.type == "cpu" else accelerator))
     name = re.sub(r"[^\w.+-]+", "_", classifier.name if preset is None else preset.network)
     state = options.output / f"state-{name}.json"
     if options.restart:
