@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench picture ci clean
+.PHONY: help install demo test lint format bench parity picture ci clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ format: $(STAMP)  ## Rewrite the sources the way lint wants them
 
 bench: $(STAMP)  ## Explanation against forward pass and pytorch-grad-cam; writes bench/results/
 	$(BIN)/python -m pytest bench/test_explain.py
+
+parity: $(STAMP)  ## Maps against pytorch-grad-cam's, torch-cam's and the formulas; writes docs/parity.md
+	$(BIN)/python -m bench.parity
 
 picture: $(STAMP)  ## Make docs/pictures/demo.jpg again
 	$(BIN)/shapleycam demo --out shapleycam-out/picture

@@ -24,7 +24,7 @@ from .eigen import principal_map
 from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .layers import LayerSpec, check_stem, named_layers, token_facts
-from .layouts import Layout
+from .layouts import Layout, ReshapeTransform
 from .methods import PAPER_METHODS, Method, get_method
 from .perturbation import Scene, ablation_weights, check_chunk, poison, score_weights
 from .plan import Plan, Wishes, derive, make_plan, warn
@@ -52,7 +52,8 @@ class Explainer:
         utility: a row of :data:`shapleycam.UTILITIES`, or a callable ``(outputs, targets [N]) -> [N]``.
         engine: "auto", or "closed_form", "reverse_over_reverse", "forward_over_reverse", "midpoint".
         backend: "auto", or "cuda", "triton", "native", "torch"; an explicit choice never falls back.
-        layout: "auto"; a kind such as "NHWC" or "NTC"; or a :class:`shapleycam.Layout`.
+        layout: "auto"; a kind such as "NHWC" or "NTC"; a :class:`shapleycam.Layout`; or a
+            :class:`shapleycam.layouts.ReshapeTransform` around a function to [N, C, *grid].
         seed: the seed of RandomCAM.
         chunk: how many masked images (ScoreCAM) or altered activations (AblationCAM) go through the model at once; None for a
             number that suits the device and their size.
@@ -71,7 +72,7 @@ class Explainer:
         utility: str | UtilityFunction | Utility = "rest",
         engine: str = "auto",
         backend: str = "auto",
-        layout: str | Layout = "auto",
+        layout: str | Layout | ReshapeTransform = "auto",
         seed: int = 0,
         chunk: int | None = None,
     ) -> None:

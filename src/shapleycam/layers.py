@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .capture import MathAttention, logits_of
 from .errors import InputError, LayerError, ModelStateError
-from .layouts import Layout, resolve_layout
+from .layouts import Layout, ReshapeTransform, resolve_layout
 from .utilities import Utility, evaluate
 
 LayerSpec = str | nn.Module
@@ -202,7 +202,7 @@ def token_facts(model: nn.Module) -> tuple[int | None, tuple[int, ...] | None]:
 
 
 def find_layer(
-    model: nn.Module, seen: Survey, image_shape: Sequence[int], utility: Utility, wanted: str | Layout
+    model: nn.Module, seen: Survey, image_shape: Sequence[int], utility: Utility, wanted: str | Layout | ReshapeTransform
 ) -> tuple[str, nn.Module]:
     """The target layer of ``layer="auto"``: the last layer with positions all of which still matter to the utility.
 

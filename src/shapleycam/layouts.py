@@ -6,9 +6,10 @@ Every layout gives the same strided view [N, C, S] of the activations, without a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .errors import LayerError
@@ -54,12 +55,84 @@ class Layout:
         return activations.flatten(2)
 
 
+@dataclass(frozen=True, slots=True)
+class Transformed(Layout):
+    """The output of a reshape transform that is no mere rearrangement; ``kind`` is "custom"."""
+
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def channels_dim(self) -> int:
+        raise LayerError(
+            "This method changes channels of the layer's own output, and the reshape transform computes with it instead of "
+            "moving it: which channel is which cannot be told. Choose a gradient method or another layer."
+        )
+
+    def view(self, activations: Tensor) -> Tensor:
+        assert self.transform is not None
+        return self.transform(activations).flatten(2)
+
+
+class ReshapeTransform:
+    """A function from a layer's output to [N, C, *grid], as pytorch-grad-cam's ``reshape_transform``, read as a layout.
+
+    It is tried on numbered elements: one that only moves them (drops the class token, puts the channels first) is recognised
+    and becomes a plain :class:`Layout`, which costs no copy. Any other is applied to activations, gradients and
+    Hessian-vector products alike.
+
+    Args:
+        function: takes [N, ...] with any N.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self._known: dict[tuple[int, ...], Layout] = {}
+
+    def layout(self, shape: Sequence[int], name: str) -> Layout:
+        """The layout of an output of shape ``shape``.
+
+        Raises:
+            LayerError: the function fails on that shape, or does not return [N, C, *grid].
+        """
+        each = tuple(shape[1:])
+        if each not in self._known:
+            self._known[each] = self._study(each, name)
+        return self._known[each]
+
+    def _study(self, each: tuple[int, ...], name: str) -> Layout:
+        size = math.prod(each)
+        # Of both signs and without zero, so that no function but a rearrangement leaves them as they are. float32 counts
+        # exactly up to 2 ** 24, and there are quarters.
+        index = torch.arange(size, dtype=torch.float32 if size <= 1 << 22 else torch.float64).reshape(1, *each)
+        index = index - (size // 2 - 0.25)
+        try:
+            moved = self.function(index)
+        except Exception as error:
+            raise LayerError(
+                f"The reshape transform fails on the output of layer {name!r}, one image of which is {each}: {error}. It must "
+                "turn [N, ...] into [N, C, *grid]; without one the layout is found automatically."
+            ) from error
+        if not isinstance(moved, Tensor) or moved.ndim < 3 or moved.shape[0] != 1:
+            got = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
+            raise LayerError(
+                f"The reshape transform must return [N, C, *grid]; for one image of layer {name!r} it returned {got}."
+            )
+        grid = tuple(moved.shape[2:])
+        for kind, (ndim, _) in KINDS.items():
+            if ndim != len(each) + 1:
+                continue
+            plain = Layout(kind, grid, max(each[0] - math.prod(grid), 0) if kind == "NTC" else 0)
+            if torch.equal(plain.view(index), moved.flatten(2)):
+                return plain
+        return Transformed("custom", grid, 0, self.function)
+
+
 def resolve_layout(
     shape: Sequence[int],
     image_shape: Sequence[int],
     *,
     name: str,
-    wanted: str | Layout = "auto",
+    wanted: str | Layout | ReshapeTransform = "auto",
     module: nn.Module | None = None,
     prefix: int | None = None,
     patch: tuple[int, ...] | None = None,
@@ -73,7 +146,7 @@ def resolve_layout(
         shape: the layer's output shape, batch first.
         image_shape: the images' shape, [N, channels, *spatial].
         name: the layer's name, for messages.
-        wanted: "auto", a kind, or a complete Layout.
+        wanted: "auto", a kind, a complete Layout, or a ReshapeTransform.
         module: the target layer, whose own channel count breaks ties.
         prefix: how many leading tokens the model declares, if it does.
         patch: the model's patch size, if it has a patch embedding.
@@ -82,6 +155,8 @@ def resolve_layout(
         LayerError: the output has no positions, the wish does not fit the shape, or the shape is ambiguous.
     """
     shape, space = tuple(shape), tuple(image_shape[2:])
+    if isinstance(wanted, ReshapeTransform):
+        return wanted.layout(shape, name)
     if isinstance(wanted, Layout):
         _check_layout(wanted, shape, name)
         return wanted

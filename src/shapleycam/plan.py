@@ -24,7 +24,7 @@ from .derivatives import (
 )
 from .errors import DerivativeError, InputError, ShapleyCamWarning
 from .layers import affine_error, affine_tolerance, final_linear, find_layer, survey
-from .layouts import Layout, resolve_layout
+from .layouts import Layout, ReshapeTransform, resolve_layout
 from .methods import Method
 from .utilities import Utility
 
@@ -63,7 +63,7 @@ class Wishes:
     method: Method
     utility: Utility
     engine: str
-    layout: str | Layout
+    layout: str | Layout | ReshapeTransform
     #: number of prefix tokens and patch size, as the model declares them
     tokens: tuple[int | None, tuple[int, ...] | None]
     backend: str = "auto"

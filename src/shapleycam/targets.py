@@ -61,6 +61,8 @@ def place_targets(targets: Any, logits: Tensor | None, batch: int, device: torch
         return logits.detach().argmax(1, keepdim=True), None
     if isinstance(targets, int):
         return torch.full((batch, 1), targets, dtype=torch.int64, device=device), None
+    if targets.is_inference():
+        targets = targets.clone()  # an index made in inference mode cannot be saved for a backward pass
     placed = targets.to(device, torch.int64, non_blocking=True)
     placed = placed[:, None] if placed.ndim == 1 else placed
     if classes is None or targets.device.type == "cpu":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bench.alive import wake
 from torch import Tensor, nn
 
 
@@ -70,23 +71,6 @@ def small_heads(channels: int = 6, classes: int = 5) -> dict[str, tuple[nn.Modul
         ),
         "attention": (nn.Sequential(nn.Conv2d(3, c, 1), Tokens()), nn.Sequential(Attend(c), nn.Linear(c, classes))),
     }
-
-
-def wake(model: nn.Module, size: int = 224, spread: float = 3.0) -> nn.Module:
-    """Random statistics and a last layer scaled so that the softmax is neither flat nor saturated; eval mode."""
-    generator = torch.Generator().manual_seed(7)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-    model.eval()
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    with torch.no_grad():
-        if not last.weight.any():
-            last.weight.normal_(0, 0.1, generator=generator)
-        images = torch.randn(2, 3, size, size, generator=generator, dtype=last.weight.dtype)
-        last.weight.mul_(spread / model(images).std())
-    return model
 
 
 @pytest.fixture
