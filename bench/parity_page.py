@@ -43,7 +43,8 @@ def page(report: dict[str, Any]) -> str:
         "`make parity` makes this page and `bench/results/parity.json`, where every cell is. Networks and layers are those of",
         "the paper, the weights are random and seeded, the explained class is the one whose maps vary most. Each figure is the",
         f"largest difference over all pixels and the four utilities ({', '.join(UTILITIES)}). Display maps are in [0, 1].",
-        f"{live} of the {len(rows)} maps vary by more than 0.01 (standard deviation); a constant one agrees with anything.",
+        f"{live} of the {len(rows)} maps vary by more than 0.01 (standard deviation). The others are almost constant, or zero "
+        f"everywhere behind the ReLU, and show little: {_constant(rows)}.",
         "",
         f"pytorch-grad-cam {facts['grad_cam']}, torch-cam {facts['torch_cam']}, torch {facts['torch']}. The networks run in",
         "float64, but for the three large Swin: in float32 the min-max of the display form magnifies everybody's rounding.",
@@ -75,6 +76,18 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _figure(value: float) -> str:
+    # In units of a maximum that is zero, any difference is endless.
+    return "above 10" if value > 10 else f"{value:.0e}"
+
+
+def _constant(rows: list[dict[str, Any]]) -> str:
+    """Where the maps are that hardly vary."""
+    flat = [(row["network"], row["utility"]) for row in rows if not row["deviation"] > 0.01]
+    counted = [f"{network}, {utility} ({flat.count((network, utility))})" for network, utility in dict.fromkeys(flat)]
+    return "; ".join(counted) or "none"
+
+
 def _grid(rows: list[dict[str, Any]], methods: list[str], pick: Callable[[dict[str, Any]], float | None]) -> list[str]:
     lines = [f"| network | {' | '.join(methods)} |", f"| --- {'| --- ' * len(methods)}|"]
     for network in dict.fromkeys(row["network"] for row in rows):
@@ -82,7 +95,7 @@ def _grid(rows: list[dict[str, Any]], methods: list[str], pick: Callable[[dict[s
         for method in methods:
             found = [pick(row) for row in rows if (row["network"], row["method"]) == (network, method)]
             values = [value for value in found if value is not None]
-            cells.append(f"{max(values):.0e}" if values else "")
+            cells.append(_figure(max(values)) if values else "")
         lines.append(f"| {network} | {' | '.join(cells)} |")
     return lines
 
@@ -109,7 +122,7 @@ def _differences(rows: list[dict[str, Any]]) -> list[str]:
             words = sorted({row[peer].get("variant", "not explained") for row in apart})
             shown = [row[peer]["variant_difference"] for row in apart if "variant_difference" in row[peer]]
             lines.append(
-                f"| {title} | {method} | {len(apart)} | {max(row[peer]['ours'] for row in apart):.0e} | "
+                f"| {title} | {method} | {len(apart)} | {_figure(max(row[peer]['ours'] for row in apart))} | "
                 f"{max(row.get(own, 0.0) for row in apart):.0e} | {'; '.join(words)} | "
                 f"{f'{max(shown):.0e}' if shown else ''} |"
             )

@@ -17,7 +17,7 @@ def report():
     return json.loads(parity.RESULT.read_text())
 
 
-@pytest.mark.parametrize("utility", ["rest", "probability"])
+@pytest.mark.parametrize("utility", ["rest", "logit"])
 def test_one_network_again(report, utility):
     """The figures are not those of one machine: computed here, they are within the tolerances too."""
     rows = list(parity.rows_of("mobilenet_v2", utilities=(utility,)))
