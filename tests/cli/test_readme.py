@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shapleycam import METHODS, UTILITIES
+from shapleycam import METHODS, UTILITIES, Explainer
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,12 +14,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 5
     assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 10
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["photo", "own"])
-def test_the_examples_run(tmp_path, monkeypatch, block):
+@pytest.mark.parametrize("block", BLOCKS[:2], ids=["photo", "own"])
+def test_the_first_examples_run(tmp_path, monkeypatch, block):
     for module in ("PIL", "torchvision", "efficientnet_lite_pytorch", "skimage"):
         pytest.importorskip(module)
     from PIL import Image
@@ -39,6 +39,20 @@ def test_the_examples_run(tmp_path, monkeypatch, block):
         assert names["classifier"].class_name(int(names["explanation"].targets[0])) == "tiger cat"
         assert Path("overlay.png").stat().st_size > 10_000
         assert torch.isfinite(names["explanation"].heatmaps()).all()
+
+
+def test_the_other_examples_run():
+    """Those that go on from the one before, on small networks; the one of other tasks is in tests/extras."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18().eval()
+    names: dict = {"torch": torch, "model": model, "images": torch.randn(2, 3, 64, 64), "explainer": Explainer(model)}
+    _, drop_in, game = BLOCKS[2:]
+    exec(compile(drop_in, "README.md", "exec"), names)
+    assert names["grayscale_cam"].shape == (2, 64, 64)
+    names["images"] = torch.randn(2, 3, 128, 128)  # a map of 4 x 4, as many as the cells
+    exec(compile(game, "README.md", "exec"), names)
+    assert names["oracle"].values.shape == (2, 16)
 
 
 def test_the_method_table_is_the_packages():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +117,19 @@ def detector():
 
 def boxes_of(found, count=3):
     return [f["boxes"][:count] + 0.5 for f in found], [f["labels"][:count] for f in found]
+
+
+def test_the_lines_of_the_readme_run(detector):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "SegmentationScore" in b]
+    torch.manual_seed(0)
+    fcn = alive(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None))
+    encoder = alive(torchvision.models.resnet18(num_classes=7))
+    rcnn, layer, images, _ = detector
+    assert layer in block
+    names = {"Explainer": Explainer, "fcn": fcn, "rcnn": rcnn, "encoder": encoder, "images": images}
+    names["concept"] = torch.randn(7, generator=torch.Generator().manual_seed(1))
+    exec(compile(block, "README.md", "exec"), names)
 
 
 @pytest.mark.parametrize("method", ["gradcam"])
