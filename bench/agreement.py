@@ -1,0 +1,334 @@
+"""How close attribution maps come to the Shapley values. Usage: python -m bench.agreement
+
+Writes bench/results/agreement.json, docs/agreement.md (from the JSON) and docs/pictures/agreement.png.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tests.core.conftest import wake
+from torch import Tensor, nn
+
+from shapleycam import UTILITIES, Explainer
+from shapleycam.cli.demo import photographs
+from shapleycam.images import read_image
+from shapleycam.models import load_classifier
+from shapleycam.shapley import Game
+
+ROOT = Path(__file__).parents[1]
+RESULT, PAGE = ROOT / "bench" / "results" / "agreement.json", ROOT / "docs" / "agreement.md"
+PICTURE = ROOT / "docs" / "pictures" / "agreement.png"
+SEED = 0
+#: what is compared: (label, method, engine)
+WAYS = (
+    ("first order", "hirescam", "auto"),
+    ("second order", "shapleycam-h", "auto"),
+    ("midpoint", "shapleycam-h", "midpoint"),
+)
+#: The game's players, and how its values are had: cells pooled on the map and groups of neighbouring channels exactly,
+#: single positions by random orders, each with its reverse.
+CELLS, GROUPS, ORDERS = (3, 3), 9, 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and one of its layers, with the part behind the layer for an attribution written out by hand."""
+
+    network: str
+    layer: str
+    model: nn.Module
+    tail: nn.Module
+    images: Tensor
+    targets: Tensor
+    players: tuple[str, ...] = ("cells",)
+
+
+def cases() -> list[Case]:
+    classifier = load_classifier()
+    model, files = classifier.model, photographs()
+    views = torch.stack([classifier.preprocess.view(read_image(file)) for file in files])
+    images = classifier.preprocess.normalise(views)
+    with torch.no_grad():
+        targets = model(images).argmax(1)
+    parts = list(model.children())
+    found = []
+    for depth, players in ((18, ("cells", "positions", "channels")), (17, ("cells", "channels")), (14, ("cells",))):
+        tail = nn.Sequential(*list(parts[0])[depth:], *parts[1:])
+        layer = "features" if depth == len(parts[0]) else f"features.{depth - 1}"
+        found.append(Case(classifier.name, layer, model, tail, images, targets, players))
+    torch.manual_seed(SEED)
+    curved = wake(timm.create_model("efficientnet_b0"), 224)  # SiLU and squeeze-and-excitation behind the layer
+    tail = nn.Sequential(curved.blocks[6], curved.conv_head, curved.bn2, curved.global_pool, curved.classifier)
+    with torch.no_grad():
+        targets = curved(images).argmax(1)
+    found.append(Case("EfficientNet-B0, random weights", "blocks.5", curved, tail, images, targets, ("cells", "channels")))
+    return found
+
+
+def behind_a_layer_norm(images: Tensor) -> dict[str, Any]:
+    """What is left of A·w, summed over the channels, where a LayerNorm over the channels follows the target layer.
+
+    float64, so that what is left is not rounding.
+    """
+    torch.manual_seed(SEED)
+    model = wake(timm.create_model("convnext_atto"), 224).double()
+    tail, images = nn.Sequential(model.stages[3], model.norm_pre, model.head), images.double()
+    with torch.no_grad():
+        targets = model(images).argmax(1)
+    case = Case("ConvNeXt-Atto, random weights", "stages.2", model, tail, images, targets)
+    left = {}
+    for way, paid in by_hand(case, "rest").items():
+        left[way] = float(paid.sum(1).norm() / paid.abs().sum(1).norm())
+    oracle = Game(Explainer(model, case.layer, utility="rest"), images, targets, cells=CELLS).exact()
+    spread = (oracle.values.norm(dim=1) / (oracle.full - oracle.empty).abs()).tolist()
+    return {"network": case.network, "layer": case.layer, "left": left, "values_over_total": spread}
+
+
+def by_hand(case: Case, utility: str) -> dict[str, Tensor]:
+    """A·w [N, C, h, w] of the three ways by plain autograd, without the package's engines."""
+    kept: list[Tensor] = []
+    handle = dict(case.model.named_modules())[case.layer].register_forward_hook(lambda m, i, out: kept.append(out.detach()))
+    with torch.no_grad():
+        case.model(case.images)
+    handle.remove()
+    a = kept[0]
+
+    def gradient(at: Tensor, second: bool) -> tuple[Tensor, Tensor]:
+        at = at.clone().requires_grad_(True)
+        value = UTILITIES[utility].value(case.tail(at * 1), case.targets).sum()
+        (g,) = torch.autograd.grad(value, at, create_graph=second)
+        if not second or not g.requires_grad:
+            return g.detach(), torch.zeros_like(a)
+        (h,) = torch.autograd.grad((g * a).sum(), at, allow_unused=True)
+        return g.detach(), torch.zeros_like(a) if h is None else h
+
+    g, h = gradient(a, True)
+    ways = {"first order": g, "second order": g - h / 2, "midpoint": gradient(a / 2, False)[0]}
+    return {way: a * w for way, w in ways.items()}
+
+
+def pearson(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+
+
+def spearman(x: Tensor, y: Tensor) -> Tensor:
+    return pearson(x.argsort(1).argsort(1).double(), y.argsort(1).argsort(1).double())
+
+
+def study(found: list[Case]) -> dict[str, Any]:
+    rows = []
+    for case in found:
+        for utility in UTILITIES:
+            hand = by_hand(case, utility)
+            explainer = Explainer(case.model, case.layer, "shapleycam-h", utility)
+            for players in case.players:
+                started = time.perf_counter()
+                kind = "channels" if players == "channels" else "positions"
+                cells = {"cells": CELLS, "channels": GROUPS}.get(players)
+                game = Game(explainer, case.images, case.targets, players=kind, cells=cells)
+                generator = torch.Generator().manual_seed(SEED)
+                oracle = game.permutations(ORDERS, generator=generator) if players == "positions" else game.exact()
+                total = oracle.full - oracle.empty
+                for way, method, engine in WAYS:
+                    if kind == "channels":
+                        paid = hand[way].flatten(2).sum(2).double()
+                        x = torch.zeros_like(oracle.values).index_add_(1, oracle.groups, paid)
+                        r, rank = pearson(x, oracle.values), spearman(x, oracle.values)
+                        error = (x - oracle.values).norm(dim=1) / oracle.values.norm(dim=1)
+                        gap = x.sum(1) - total
+                    else:
+                        explanation = Explainer(case.model, case.layer, method, utility, engine=engine)(
+                            case.images, case.targets
+                        )
+                        # The package's map is the attribution written out by hand, or nothing below means anything.
+                        expected = hand[way].sum(1)
+                        off = (explanation.raw - expected).norm() / expected.norm()
+                        assert off < 1e-3, (case.layer, utility, way, float(off))
+                        agreement = explanation.agreement(oracle)
+                        r, rank, error = agreement.pearson, agreement.spearman, agreement.relative_error
+                        gap = agreement.efficiency_gap
+                    rows.append(
+                        {
+                            "network": case.network,
+                            "layer": case.layer,
+                            "players": players,
+                            "count": game.count,
+                            "utility": utility,
+                            "way": way,
+                            "pearson": r.tolist(),
+                            "spearman": rank.tolist(),
+                            "error": error.tolist(),
+                            "relative_gap": (gap / total).abs().tolist(),
+                            "noise": (oracle.standard_errors.norm(dim=1) / oracle.values.norm(dim=1)).tolist(),
+                        }
+                    )
+                print(case.layer, players, utility, f"{time.perf_counter() - started:.1f} s", flush=True)
+    run = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+    return {
+        "conditions": {
+            "networks": {case.network: case.targets.tolist() for case in found},
+            "photographs": [file.name for file in photographs()],
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "commit": run("git", "rev-parse", "--short", "HEAD"),
+            "seed": SEED,
+            "orders": ORDERS,
+        },
+        "layer_norm": behind_a_layer_norm(found[0].images),
+        "results": rows,
+    }
+
+
+def median(values: list[float]) -> float:
+    """The middle value; of an even number, the lower of the two in the middle."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def figure(value: float) -> str:
+    """Three decimals; what float32 cannot tell from zero is written as such."""
+    return "< 0.0005" if value < 5e-4 else f"{value:.3f}"
+
+
+def table(result: dict[str, Any], network: str) -> str:
+    lines = [
+        "| layer | players | utility | way | Pearson | Spearman | relative error | relative gap | oracle's noise |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["results"]:
+        if row["network"] == network:
+            noise = median(row["noise"])
+            lines.append(
+                f"| `{row['layer']}` | {row['count']} {row['players']} | `{row['utility']}` | {row['way']} | "
+                f"{median(row['pearson']):.3f} | {median(row['spearman']):.3f} | {figure(median(row['error']))} | "
+                f"{figure(median(row['relative_gap']))} | {'exact' if noise == 0 else figure(noise)} |"
+            )
+    return "\n".join(lines)
+
+
+def wins(result: dict[str, Any], key: str = "error") -> dict[tuple[str, str, str], tuple[int, int]]:
+    """(utility, way, other) -> in how many of how many (photograph, layer, players) the way is closer than the other."""
+    found = {(row["network"], row["layer"], row["players"], row["utility"], row["way"]): row[key] for row in result["results"]}
+    out = {}
+    for utility in UTILITIES:
+        for way, other in (("second order", "first order"), ("midpoint", "first order"), ("midpoint", "second order")):
+            pairs = [
+                pair
+                for (*place, name, its), values in found.items()
+                if name == utility and its == way
+                for pair in zip(values, found[(*place, name, other)], strict=True)  # type: ignore[index]
+            ]
+            # Closer by more than one percent: float32 decides the rest.
+            out[utility, way, other] = (sum(a < 0.99 * b for a, b in pairs), len(pairs))
+    return out
+
+
+def duel(result: dict[str, Any]) -> str:
+    lines = [
+        "| utility | second order beats first | midpoint beats first | midpoint beats second |",
+        "| --- | --- | --- | --- |",
+    ]
+    found = wins(result)
+    for utility in UTILITIES:
+        row = [f"{won} of {of}" for (name, _, _), (won, of) in found.items() if name == utility]
+        lines.append(f"| `{utility}` | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def page(result: dict[str, Any]) -> str:
+    known = result["conditions"]
+    tables = "\n\n".join(f"### {network}\n\n{table(result, network)}" for network in known["networks"])
+    versions = f"torch {known['torch']}, timm {known['timm']}, commit {known['commit']}, seed {known['seed']}"
+    return TEXT.format(
+        photographs=", ".join(known["photographs"]), versions=versions, orders=known["orders"], tables=tables, duel=duel(result)
+    )
+
+
+TEXT = """\
+# How close are the maps to the Shapley values?
+
+The weight `w = g - HA/2` gives exact Shapley values where the utility is quadratic in the activations. Real heads are not.
+Here the values themselves are computed, and three ways to attribute are measured against them:
+
+- first order, `A·g` (HiResCAM; where the weight is constant over the positions, GradCAM);
+- second order, `A·(g - HA/2)` (ShapleyCAM-H; likewise ShapleyCAM);
+- the midpoint gradient, `A·g(A/2)` (`engine="midpoint"`).
+
+Players are cells of a 3×3 grid over the target layer's map (all channels together), its single positions, or nine groups of
+neighbouring channels; who is absent is zero. Cells and groups are exact, by all coalitions; single positions are estimated
+from {orders} random orders, each with its reverse. The column "oracle's noise" is the length of the standard errors over
+that of the values: no way can be seen to be closer than that.
+
+Photographs: {photographs}; classes: the predicted ones; {versions}. Figures are medians over the photographs. The error is
+‖attribution − value‖ / ‖value‖, the gap |Σ attribution − U(A) + U(0)| / |U(A) − U(0)|.
+
+Made by `python -m bench.agreement` from a checkout, which writes `bench/results/agreement.json`, and this page and the plot
+from it. Before it compares a map it checks it against plain autograd.
+
+![Relative error per layer and utility](pictures/agreement.png)
+
+## Who is closer
+
+Counted over photographs, layers and kinds of players, by relative error; a lead of one percent or less is no win.
+
+{duel}
+
+{reading}
+
+## All figures
+
+{tables}
+"""
+
+
+def plot(result: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["results"] if row["players"] == "cells"]
+    places = list(dict.fromkeys((row["network"], row["layer"]) for row in rows))
+    figure_, axes = pyplot.subplots(
+        1, len(places), figsize=(3.6 * len(places), 4.2), layout="constrained", sharey=True, squeeze=False
+    )
+    colours, floor = ("#d95f02", "#1b6ca8", "#4a9c3b"), 1e-4
+    for axis, place in zip(axes[0], places, strict=True):
+        for k, (way, _, _) in enumerate(WAYS):
+            for i, name in enumerate(UTILITIES):
+                [row] = [r for r in rows if ((r["network"], r["layer"]), r["utility"], r["way"]) == (place, name, way)]
+                x, error = i + (k - 1) * 0.25, [max(e, floor) for e in row["error"]]
+                axis.scatter([x] * len(error), error, s=20, color=colours[k], alpha=0.5, linewidths=0)
+                label = None if i else way
+                axis.hlines(median(error), x - 0.11, x + 0.11, color=colours[k], lw=2.5, label=label)
+        axis.axhline(1, color="grey", lw=0.8, ls=":")
+        axis.set(yscale="log", ylim=(floor / 1.6, None), xticks=range(len(UTILITIES)))
+        axis.set_title(f"{place[0]}\n{place[1]}", fontsize=10)
+        axis.set_xticklabels([name.replace("_", "\n") for name in UTILITIES], fontsize=8)
+        axis.grid(axis="y", alpha=0.25)
+    axes[0][0].set_ylabel(f"relative error (at most {floor:g} is drawn at the bottom)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure_.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure_.suptitle("Attribution of nine cells against their exact Shapley values: five photographs and their median")
+    figure_.savefig(PICTURE, dpi=110)
+    pyplot.close(figure_)
+
+
+def main() -> None:
+    result = study(cases())
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(page(result))
+    plot(result)
+    print(duel(result))
+
+
+if __name__ == "__main__":
+    main()
