@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # make gpu: everything that needs a CUDA device, in under nine minutes, offline. One JSON and one table in $OUT.
-# A step that fails does not stop the ones after it; the exit status is 0 only if all of them passed.
+# A step that fails does not stop the ones after it; the exit status is 0 only if all that can run on the host passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,13 +10,13 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/shapleycam-gpu.XXXXXX")
 trap 'rm -rf "$work"' EXIT
-failed=()
+failed=() not_run=()
 
 step() { # name, seconds, command...
   local name=$1 limit=$2
   shift 2
   printf '\n=== %s (at %d s)\n' "$name" "$SECONDS"
-  timeout "$limit" "$@" || failed+=("$name (status $?)")
+  timeout -k 5 "$limit" "$@" || failed+=("$name (status $?)")
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
@@ -33,13 +33,18 @@ step "tests of the CUDA kernels and the explainer" 90 "$python" -m pytest tests/
   --junitxml="$out/gpu-tests.xml"
 step "tests of the Triton kernels" 130 "$python" -m pytest tests/gpu tests/ops -q -k triton --junitxml="$out/gpu-tests-triton.xml"
 
-if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
-  for tool in memcheck racecheck initcheck; do
-    step "compute-sanitizer $tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" tests/ops/gpu_small_set.py
-  done
-else
+# Some hosts allow no debugger on their GPUs: there the tool itself fails, whatever it is to watch.
+if ! sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
   echo "compute-sanitizer was not found: the memory checks were NOT run."
   failed+=("compute-sanitizer (not found)")
+elif ! timeout -k 5 30 "$sanitizer" --error-exitcode 9 "$python" -c 'import torch; torch.ones(1, device="cuda").add_(1).item()'; then
+  echo "compute-sanitizer does not work on this host: the memory checks were NOT run."
+  not_run+=("compute-sanitizer")
+else
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "compute-sanitizer $tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$python" tests/ops/gpu_small_set.py
+  done
 fi
 
 left=$((510 - SECONDS))
@@ -50,4 +55,8 @@ if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}"
   exit 1
 fi
-echo "all passed"
+if ((${#not_run[@]})); then
+  echo "everything that can run on this host passed; NOT RUN: ${not_run[*]}"
+else
+  echo "all passed"
+fi

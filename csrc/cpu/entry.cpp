@@ -7,10 +7,11 @@ namespace shapleycam {
 
 const Kernels& kernels() {
 #if defined(SHAPLEYCAM_X86_VARIANTS)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return avx512_kernels();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return wide ? avx512_kernels() : avx2_kernels();
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels();
 #endif
   return baseline_kernels();
 }
@@ -45,8 +46,8 @@ size_t partial_bytes(int64_t n, int64_t c, int64_t s, int64_t m) {
   if (n == 0 || check_extents(n, c, s, m) != SHAPLEYCAM_OK) return 0;
   const int64_t pieces = split_of(n, c).pieces;
   int64_t bytes = 0;
-  // An overflow here cannot be allocated either; the check of the call itself says so.
-  if (pieces == 1 || overflows(n * pieces, m, &bytes) || overflows(bytes, s * 8, &bytes)) return 0;
+  if (pieces == 1) return 0;
+  if (overflows(n * pieces, m, &bytes) || overflows(bytes, s * 8, &bytes)) return SIZE_MAX;
   return static_cast<size_t>(bytes);
 }
 

@@ -13,7 +13,7 @@
   T* name = reinterpret_cast<T*>(shapleycam_dynamic_shared)
 #else
 #define SHAPLEYCAM_LAUNCH(kernel, grid, threads, shared, stream, ...) \
-  cuda_on_cpu::launch(kernel, grid, threads, shared, __VA_ARGS__)
+  ((void)(stream), cuda_on_cpu::launch(kernel, grid, threads, shared, __VA_ARGS__))
 #define SHAPLEYCAM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_on_cpu::dynamic_shared())
 #endif
 
@@ -23,7 +23,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksWanted = 2 * 132;  // two per multiprocessor of the largest chip this is built for
 
-inline int32_t launched() { return cudaPeekAtLastError() == cudaSuccess ? SHAPLEYCAM_OK : SHAPLEYCAM_LAUNCH_FAILED; }
+// Takes the error with it: CUDA keeps the last one, and the next call's launch is not to answer for this one's.
+inline int32_t launched() { return cudaGetLastError() == cudaSuccess ? SHAPLEYCAM_OK : SHAPLEYCAM_LAUNCH_FAILED; }
 
 // A grid's second and third extents end at 65535; kernels go on in steps of the grid.
 inline unsigned grid_extent(int64_t wanted) { return static_cast<unsigned>(wanted < 65535 ? wanted : 65535); }

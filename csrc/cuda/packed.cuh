@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(Packed<E> in, const flo
       } else {
         if (group < groups) parts[threadIdx.x] = sum_at(threadIdx.x % S);
         __syncthreads();
-        if (threadIdx.x < S) {
+        if (static_cast<int>(threadIdx.x) < S) {
           float all = 0;
           for (int i = 0; i < groups; ++i) all += parts[i * S + threadIdx.x];
           row[threadIdx.x] = all;

@@ -39,7 +39,9 @@ size_t partial_bytes(int64_t n, int64_t c, int64_t s, int64_t m) {
   if (n == 0 || check_extents(n, c, s, m) != SHAPLEYCAM_OK) return 0;
   int64_t pieces = plan_of(n, c, 128).pieces, bytes = 0;
   if (dense_fits(s) && dense_plan(n, c, s).pieces > pieces) pieces = dense_plan(n, c, s).pieces;
-  if (pieces == 1 || overflows(n * pieces, m, &bytes) || overflows(bytes, s * 8, &bytes)) return 0;
+  if (pieces == 1) return 0;
+  // A grid's first extent ends at 2^31 - 1.
+  if (pieces > INT32_MAX || overflows(n * pieces, m, &bytes) || overflows(bytes, s * 8, &bytes)) return SIZE_MAX;
   return static_cast<size_t>(bytes);
 }
 
@@ -86,8 +88,9 @@ struct Call {
 enum class Kind { general, rows, dense, last };
 
 // Whether a view can be read in packs of `lanes` along the dimension whose stride is `unit`.
-bool packs(const shapleycam_view* v, int64_t unit, int64_t other, int64_t lanes) {
-  return unit == 1 && other % lanes == 0 && v->stride_n % lanes == 0 && reinterpret_cast<uintptr_t>(v->data) % 16 == 0;
+bool packs(const shapleycam_view* v, int64_t unit, int64_t other, int64_t images, int64_t lanes) {
+  return unit == 1 && other % lanes == 0 && (images == 1 || v->stride_n % lanes == 0) &&
+         reinterpret_cast<uintptr_t>(v->data) % 16 == 0;
 }
 
 // Mixed dtypes or layouts, expanded weights, and everything that is not aligned take the general kernels.
@@ -98,9 +101,9 @@ Kind kind_of(const Call& call) {
   for (const shapleycam_view* v : {call.a, call.g, call.h}) {
     if (v == nullptr) continue;
     if (v->dtype != call.a->dtype) return Kind::general;
-    rows = rows && packs(v, v->stride_s, v->stride_c, lanes);
-    dense = dense && packs(v, v->stride_s, 0, lanes) && v->stride_c == call.s;
-    last = last && packs(v, v->stride_c, v->stride_s, lanes);
+    rows = rows && packs(v, v->stride_s, v->stride_c, call.n, lanes);
+    dense = dense && packs(v, v->stride_s, 0, call.n, lanes) && v->stride_c == call.s;
+    last = last && packs(v, v->stride_c, v->stride_s, call.n, lanes);
   }
   if (last) return Kind::last;
   if (dense && (!rows || call.s <= kDenseWidest)) return Kind::dense;

@@ -34,7 +34,7 @@ typedef enum shapleycam_status {
   SHAPLEYCAM_SMALL_WORKSPACE = 5, /* the workspace is smaller than the query said */
   SHAPLEYCAM_BAD_ALIGNMENT = 6,   /* a pointer is not aligned to its element, or the workspace not to 16 bytes */
   SHAPLEYCAM_UNSUPPORTED = 7,     /* this build does not implement the call */
-  SHAPLEYCAM_LAUNCH_FAILED = 8,   /* CUDA refused the launch; see cudaGetLastError in the caller's context */
+  SHAPLEYCAM_LAUNCH_FAILED = 8,   /* CUDA refused the launch: no context, too large a grid, or no code for this chip */
   SHAPLEYCAM_BAD_UTILITY = 9      /* an unknown utility, or an order that is not 1 or 2 */
 } shapleycam_status;
 
@@ -79,7 +79,7 @@ SHAPLEYCAM_API const char* shapleycam_status_text(int32_t status);
 /* The instruction set the CPU functions use on this machine: "avx512", "avx2", "neon" or "baseline". */
 SHAPLEYCAM_API const char* shapleycam_cpu_variant(void);
 
-/* The largest workspace that weighted_reduce needs for these extents, in bytes. */
+/* The largest workspace that weighted_reduce needs for these extents, in bytes; SIZE_MAX where none is large enough. */
 SHAPLEYCAM_API size_t shapleycam_weighted_reduce_workspace_cpu(int64_t n, int64_t c, int64_t s, int32_t pooling);
 
 /* out[n, s], contiguous, of the accumulation type; hvp may be null. At most `threads` threads, the caller's included. */
@@ -127,7 +127,8 @@ SHAPLEYCAM_API int32_t shapleycam_class_maps_cpu(const shapleycam_view* activati
                                                  size_t workspace_size, int32_t threads);
 
 /* The same on a CUDA device, ordered on `stream` (a cudaStream_t, null for the default one), without synchronisation and
- * without allocation, so that a CUDA graph can capture the call. Data pointers are device pointers on the current device;
+ * without allocation, so that a CUDA graph can capture the call. CUDA loads a kernel when it is first launched, and overlay
+ * copies its colour table: make each call once before a capture. Data pointers are device pointers on the current device;
  * extents, strides, mean and std are read on the host. In a build without CUDA these return SHAPLEYCAM_UNSUPPORTED. */
 SHAPLEYCAM_API size_t shapleycam_weighted_reduce_workspace_cuda(int64_t n, int64_t c, int64_t s, int32_t pooling);
 

@@ -139,7 +139,7 @@ class Explanation:
             oracle: of the same images, classes and layer, with positions or elements as players.
 
         Raises:
-            InputError: several layers or classes, channels as players, or other images.
+            InputError: several layers or classes, channels as players, or an oracle of another batch, class or layer.
         """
         if self._multi:
             raise InputError("agreement() compares one class per image: explain with targets [N].")
@@ -152,6 +152,11 @@ class Explanation:
             raise InputError(
                 f"The map is {tuple(raw.shape)}, but the oracle has {oracle.values.shape[0]} images of {oracle.grid}."
             )
+        if self.diagnostics.layers != (oracle.layer,):
+            raise InputError(f"The map is of layer {self.diagnostics.layers[0]!r}, but the oracle is of {oracle.layer!r}.")
+        ours, theirs = (None if t is None else t.tolist() for t in (self.targets, oracle.targets))
+        if ours != theirs:
+            raise InputError(f"The map explains the classes {ours}, but the oracle {theirs}: give both the same targets.")
         flat, values = raw.flatten(1).double(), oracle.values
         if oracle.players == "elements":
             values = oracle.map().flatten(1)

@@ -48,6 +48,7 @@ class ShapleyValues:
         grid: how the positions lie, (h, w), (l,) or (d, h, w).
         full, empty: U(A), and U of the baseline alone, [N].
         targets: the explained classes [N]; None for a utility without classes.
+        layer: the target layer's name.
         evaluations: how many altered activations the head was run on.
     """
 
@@ -59,6 +60,7 @@ class ShapleyValues:
     full: Tensor
     empty: Tensor
     targets: Tensor | None
+    layer: str
     evaluations: int
 
     def map(self) -> Tensor:
@@ -116,11 +118,11 @@ class Game:
         self.players, self._chunk, self._utility = players, chunk, explainer.utility
         images = images.detach()
         self._head = Head(explainer.model, plan.layers[0], images)
-        name, module = plan.layers[0]
-        self._layout: Layout = explainer.layout_of(name, module, self._head.activations, images)
+        self._layer, module = plan.layers[0]
+        self._layout: Layout = explainer.layout_of(self._layer, module, self._head.activations, images)
         self._activations = self._layout.view(self._head.activations)  # [N, C, S]
         self.batch = images.shape[0]
-        placed, _ = place_targets(as_targets(targets), logits_of(self._head.outputs), self.batch, images.device)
+        placed, self._poison = place_targets(as_targets(targets), logits_of(self._head.outputs), self.batch, images.device)
         if placed is not None and placed.shape[1] != 1:
             raise InputError(f"The game explains one class per image, got {placed.shape[1]}. Play one game for each.")
         self.targets = None if placed is None else placed[:, 0]
@@ -250,7 +252,8 @@ class Game:
         outputs = self._head(altered, rows)
         targets = None if self.targets is None else self.targets[rows]
         value = evaluate(self._utility.rows(rows), outputs, logits_of(outputs), targets, rows.shape[0])
-        return value.detach().double()
+        worth: Tensor = value.detach().double()
+        return worth if self._poison is None else worth + self._poison[rows]
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         everything = torch.ones(2, self.count, dtype=torch.bool)
@@ -271,7 +274,16 @@ class Game:
 
     def _paid(self, values: Tensor, errors: Tensor, full: Tensor, empty: Tensor) -> ShapleyValues:
         return ShapleyValues(
-            values, errors.double(), self.players, self._groups, self._layout.grid, full, empty, self.targets, self.evaluations
+            values,
+            errors.double(),
+            self.players,
+            self._groups,
+            self._layout.grid,
+            full,
+            empty,
+            self.targets,
+            self._layer,
+            self.evaluations,
         )
 
     def _enough(self, samples: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shapleycam import Explainer, InputError
+from shapleycam import Explainer, InputError, shapley
 from shapleycam.shapley import Game
 
 pytestmark = pytest.mark.core
@@ -218,6 +218,14 @@ def test_agreement_by_hand(images: Tensor) -> None:
     torch.testing.assert_close(found.efficiency_gap, gap)
 
 
+def test_a_wrong_target_on_the_device_pays_nan(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only where the targets live on a GPU are they not checked at once; tests/gpu has them there.
+    nan_for_one = torch.tensor([0.0, float("nan")])
+    monkeypatch.setattr(shapley, "place_targets", lambda *_: (torch.tensor([[1], [3]]), nan_for_one))
+    found = Game(Explainer(Curved().eval(), "layer"), images).exact()
+    assert torch.isfinite(found.values[0]).all() and torch.isnan(found.values[1]).all() and torch.isnan(found.full[1])
+
+
 def test_the_model_is_left_as_it_was(images: Tensor) -> None:
     net = Curved().eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -260,7 +268,12 @@ def test_bad_input(images: Tensor) -> None:
         explainer(images).agreement(channels)
     with pytest.raises(InputError, match="oracle has 2 images"):
         explainer(images[:1]).agreement(Game(explainer, images).exact())
+    with pytest.raises(InputError, match=r"classes \[1, 2\], but the oracle \[1, 3\]"):
+        explainer(images, [1, 2]).agreement(Game(explainer, images, [1, 3]).exact())
     pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
     two = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Conv2d(2, 2, 2), *pool).double().eval()
     with pytest.raises(InputError, match="one target layer"):
         Game(Explainer(two, ["0", "1"]), images)
+    same = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Tanh(), *pool).double().eval()
+    with pytest.raises(InputError, match="layer '1', but the oracle is of '0'"):
+        Explainer(same, "1")(images).agreement(Game(Explainer(same, "0"), images, cells=2).exact())

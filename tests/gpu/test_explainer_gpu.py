@@ -7,6 +7,7 @@ import torch
 
 from shapleycam import Explainer, ops
 from shapleycam.ops import contract
+from shapleycam.shapley import Game
 
 from ..core.conftest import Split, small_heads
 
@@ -88,6 +89,14 @@ def test_a_prepared_call_does_not_synchronise(head, engine):
             explain(images, wanted)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_device_target_out_of_range_pays_nan_in_the_game():
+    model, images = made("pool-linear")
+    wrong = torch.tensor([0, 99, 2], device=DEVICE)
+    game = Game(Explainer(model.to(DEVICE), "target"), images.to(DEVICE), wrong, cells=(2, 2))
+    assert game.exact().values.isfinite().all(1).tolist() == [True, False, True]
 
 
 @pytest.mark.gpu

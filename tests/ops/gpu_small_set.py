@@ -10,15 +10,16 @@ from shapleycam.ops import contract
 
 def main() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for n, c, s in ((1, 33, 49), (3, 300, 7), (2, 5, 130), (2, 64, 49), (1, 32, 144)):
+        for n, c, s in ((1, 33, 49), (3, 300, 7), (2, 5, 130), (2, 64, 49), (1, 32, 144), (1, 9, 4096)):
             stored = [torch.rand(n, c, s, device="cuda").to(dtype) for _ in range(3)]
             last = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in stored]
-            for a, g, h in (stored, last):
+            part = [t[:, : c // 2 + 1] for t in stored]  # images with a gap between them
+            for a, g, h in (stored, last, part):
                 for pooling in contract.POOLINGS:
                     out = ops.weighted_reduce(a, g, h, pooling, backend="cuda")
                     expected = ops.weighted_reduce(a, g, h, pooling, backend="torch")
                     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-                ops.channel_weighted_sum(a, torch.rand(n, 2, c, device="cuda"), backend="cuda")
+                ops.channel_weighted_sum(a, torch.rand(n, 2, a.shape[1], device="cuda"), backend="cuda")
         logits, weight = torch.randn(3, 1003, device="cuda").to(dtype), torch.randn(1003, 33, device="cuda").to(dtype)
         targets = torch.tensor([[0], [1002], [5]], device="cuda")
         for positions in (49, 4225):  # one launch, and more

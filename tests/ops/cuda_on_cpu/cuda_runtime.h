@@ -19,6 +19,7 @@
 #include <numeric>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -184,7 +185,7 @@ T __ldg(const T* p) {
   return *p;
 }
 
-inline cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::state().error; }
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::state().error, cudaSuccess); }
 
 inline float __uint_as_float(unsigned bits) {
   float value;
