@@ -82,7 +82,9 @@ SHAPLEYCAM_API const char* shapleycam_cpu_variant(void);
 /* The largest workspace that weighted_reduce needs for these extents, in bytes; SIZE_MAX where none is large enough. */
 SHAPLEYCAM_API size_t shapleycam_weighted_reduce_workspace_cpu(int64_t n, int64_t c, int64_t s, int32_t pooling);
 
-/* out[n, s], contiguous, of the accumulation type; hvp may be null. At most `threads` threads, the caller's included. */
+/* out[n, s], contiguous, of the accumulation type; hvp may be null. At most `threads` threads, the caller's included: those of
+ * the OpenMP runtime where the process has one (so that they are PyTorch's, say), else threads that are started for the call.
+ */
 SHAPLEYCAM_API int32_t shapleycam_weighted_reduce_cpu(const shapleycam_view* activations, const shapleycam_view* gradient,
                                                       const shapleycam_view* hvp, int64_t n, int64_t c, int64_t s,
                                                       int32_t pooling, void* out, int32_t out_dtype, void* workspace,

@@ -394,11 +394,30 @@ void maps() {
   if (!good) expect("class_maps (signed)", good, status, raw);
 }
 
+// The same bits from one thread and from several. There is no OpenMP runtime in this program, so the library starts them; the
+// input is large enough for that (csrc/cpu/parallel.h).
+void threads() {
+  const int64_t n = 2, c = 512, s = 8 << 10;
+  const std::vector<float> values(static_cast<size_t>(n * c * s), 0.5f);
+  const shapleycam_view view = {values.data(), SHAPLEYCAM_FLOAT32, c * s, s, 1};
+  const size_t room = shapleycam_weighted_reduce_workspace_cpu(n, c, s, SHAPLEYCAM_MEAN);
+  std::vector<double> workspace(room / sizeof(double) + 1);
+  std::vector<float> maps[2];
+  for (int several = 0; several < 2; ++several) {
+    maps[several].resize(static_cast<size_t>(n * s));
+    const int32_t status = shapleycam_weighted_reduce_cpu(&view, &view, nullptr, n, c, s, SHAPLEYCAM_MEAN, maps[several].data(),
+                                                          SHAPLEYCAM_FLOAT32, workspace.data(), room, several ? 4 : 1);
+    if (status != SHAPLEYCAM_OK || maps[several][7] != 0.25f * static_cast<float>(c)) ++failures;
+  }
+  if (maps[0] != maps[1]) ++failures;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const long rounds = count > 1 ? std::strtol(arguments[1], nullptr, 10) : 20000;
   source.seed(count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1);
+  threads();
   for (long i = 0; i < rounds; ++i) {
     reduce();
     display();

@@ -1,6 +1,8 @@
 """One contract for every backend: each operator, dtype and layout against float64, on awkward shapes."""
 
 import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -229,7 +231,7 @@ def test_nan_and_inf_come_out_where_the_reference_puts_them(backend, pooling, la
 
 
 def test_native_results_do_not_depend_on_the_number_of_threads():
-    # Large enough that five threads really start (csrc/cpu/parallel.h wants 8 MiB for each).
+    # Large enough that five threads have something to do (csrc/cpu/parallel.h).
     a, g, h = (draw((1, 2048, 2600), torch.float32, i).cpu() for i in range(3))
     threads = torch.get_num_threads()
     try:
@@ -241,6 +243,33 @@ def test_native_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_native_calls_run_in_pytorchs_own_pool():
+    # Threads beside those of PyTorch, which spin for a while after every operator, would compete with them for the cores.
+    a, g, h = (draw((4, 2048, 400), torch.float32, i).cpu() for i in range(3))
+
+    def call(_):
+        return ops.weighted_reduce(a, g, h, "mean", backend="native")
+
+    def count_threads():  # in a thread of its own, which has no team yet
+        torch.set_num_threads(3)
+        counts = [len(os.listdir("/proc/self/task"))]
+        for act in (call, lambda _: a + g):
+            act(None)
+            counts.append(len(os.listdir("/proc/self/task")))
+        return counts
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as one:
+            first, ours, torchs = one.submit(count_threads).result()
+        with ThreadPoolExecutor(4) as four:
+            found = list(four.map(call, range(16)))
+    finally:
+        torch.set_num_threads(before)
+    assert (ours - first, torchs - ours) == (2, 0)  # the team that our call started stays, and serves PyTorch
+    assert all(torch.equal(other, found[0]) for other in found)
 
 
 # ------------------------------------------------------------------------------------------------------ torch.library
