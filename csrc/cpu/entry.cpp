@@ -1,22 +1,27 @@
 // The CPU half of the C ABI: checks, splits the work into tasks, and runs them on the caller's number of threads.
+#include <stdlib.h>
+#include <string.h>
+
 #include "../checks.h"
 #include "parallel.h"
 #include "task.h"
 
 namespace shapleycam {
 
-const Kernels& kernels() {
+namespace {
+
+const Kernels& choose() {
 #if defined(SHAPLEYCAM_X86_VARIANTS)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  const char* wish = getenv("SHAPLEYCAM_CPU_VARIANT");
+  const auto wished = [wish](const char* name) { return wish != nullptr && strcmp(wish, name) == 0; };
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !wished("baseline")) {
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return wide ? avx512_kernels() : avx2_kernels();
+    return wide && !wished("avx2") ? avx512_kernels() : avx2_kernels();
   }
 #endif
   return baseline_kernels();
 }
-
-namespace {
 
 // How many pieces an image's channels are cut into. It depends on the extents alone, so that results do not depend on the
 // number of threads: enough pieces for eight workers, at least 64 channels in each, at most kBlock.
@@ -52,6 +57,12 @@ size_t partial_bytes(int64_t n, int64_t c, int64_t s, int64_t m) {
 }
 
 }  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
 }  // namespace shapleycam
 
 using namespace shapleycam;

@@ -76,7 +76,8 @@ typedef struct shapleycam_view {
 /* What a status means, as a static string. */
 SHAPLEYCAM_API const char* shapleycam_status_text(int32_t status);
 
-/* The instruction set the CPU functions use on this machine: "avx512", "avx2", "neon" or "baseline". */
+/* The instruction set the CPU functions use on this machine: "avx512", "avx2", "neon" or "baseline". The environment variable
+ * SHAPLEYCAM_CPU_VARIANT, read once, asks for a smaller one: "avx2" or "baseline". */
 SHAPLEYCAM_API const char* shapleycam_cpu_variant(void);
 
 /* The largest workspace that weighted_reduce needs for these extents, in bytes; SIZE_MAX where none is large enough. */

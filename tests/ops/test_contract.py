@@ -272,6 +272,27 @@ def test_native_calls_run_in_pytorchs_own_pool():
     assert all(torch.equal(other, found[0]) for other in found)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_offsets_beyond_32_bits(backend, layout):
+    # Four images 2**30 elements apart: neither an offset nor a product of an index and a stride fits an int. The memory between
+    # them is never touched, so a CPU does not hold it.
+    n, c, s = 4, 3, 5
+    strides = (s, 1) if layout == "first" else (1, c)
+    try:
+        stored = torch.empty(3 * 2**30 + 3 * c * s, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"6 GiB cannot be had here: {error}")
+    a, g, h = (stored.as_strided((n, c, s), (2**30, *strides), k * c * s) for k in range(3))
+    for k, view in enumerate((a, g, h)):
+        view.copy_(draw((n, c, s), torch.bfloat16, k))
+    found = ops.weighted_reduce(a, g, h, "mean", backend=backend)
+    check(found, exact(a.contiguous(), g.contiguous(), h.contiguous(), "mean"), torch.float32)
+    alpha = draw((n, 2, c), torch.float32, 3)
+    found = ops.channel_weighted_sum(a, alpha, backend=backend)
+    check(found, torch.einsum("nmc,ncs->nms", alpha.double(), a.double()), torch.float32)
+
+
 # ------------------------------------------------------------------------------------------------------ torch.library
 
 
