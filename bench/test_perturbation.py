@@ -4,7 +4,9 @@
 
 Every round times the two rivals one after the other, in an order that turns; the figures are medians of the rounds' ratios. A
 case whose map disagrees with pytorch-grad-cam's is not timed. The aim is a factor of 2; it is printed and asserts nothing.
-``SHAPLEYCAM_BENCH_ROUNDS`` sets the rounds (default 5: a ScoreCAM takes as many forward passes as the layer has channels).
+Both run with the allocator that the command line sets up, unless the environment tunes it (``MALLOC_MMAP_MAX_=65536`` is
+glibc's default). ``SHAPLEYCAM_BENCH_ROUNDS`` sets the rounds (default 5: a ScoreCAM takes as many forward passes as the layer
+has channels).
 
 The results go to ``bench/results/perturbation-<kind>-<device>-<commit>.json``.
 """
@@ -25,6 +27,7 @@ from bench.test_explain import DEVICE, LAYOUTS, RESULTS, alive, conditions, rati
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from shapleycam import Explainer
+from shapleycam.cli import keep_freed_memory
 from shapleycam.perturbation import ABLATION_FLOOR
 
 ROUNDS = int(os.environ.get("SHAPLEYCAM_BENCH_ROUNDS", "5"))
@@ -75,10 +78,11 @@ class Case:
 @pytest.fixture(scope="module")
 def ledger(request):
     rows: list[dict] = []
+    kept = keep_freed_memory()
     yield rows
     if rows:
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n\n{table(rows)}\nwritten: {write(rows)}")
+            print(f"\n\n{table(rows)}\nwritten: {write(rows, kept)}")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,8 +131,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[dict]):
-    facts = {**conditions(), "rounds": ROUNDS}
+def write(rows: list[dict], kept: bool):
+    facts = {**conditions(), "rounds": ROUNDS, "freed_memory_is_kept": kept}
     device = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"perturbation-{facts['kind']}-{device}-{facts['commit']}.json"
