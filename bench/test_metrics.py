@@ -7,7 +7,7 @@ explain x·M; five forward passes. It is run here with pytorch-grad-cam, which s
 package's own explainer, so that the gain of the batching and sharing is told apart from that of the derivatives. Rounds are
 interleaved; the figures are medians of the rounds' ratios. The aim is printed and asserts nothing.
 All of it, the authors' loop too, runs with the allocator that ``shapleycam evaluate`` sets up, unless the environment tunes it
-(``MALLOC_MMAP_MAX_=65536`` is glibc's default). ``SHAPLEYCAM_BENCH_ROUNDS`` sets the rounds (default 5),
+(an empty ``GLIBC_TUNABLES=`` leaves it as it is). ``SHAPLEYCAM_BENCH_ROUNDS`` sets the rounds (default 5),
 ``SHAPLEYCAM_BENCH_BATCH`` the batch (default 16).
 
 The results go to ``bench/results/metrics-<kind>-<device>-<commit>.json``.

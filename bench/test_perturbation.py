@@ -4,9 +4,9 @@
 
 Every round times the two rivals one after the other, in an order that turns; the figures are medians of the rounds' ratios. A
 case whose map disagrees with pytorch-grad-cam's is not timed. The aim is a factor of 2; it is printed and asserts nothing.
-Both run with the allocator that the command line sets up, unless the environment tunes it (``MALLOC_MMAP_MAX_=65536`` is
-glibc's default). ``SHAPLEYCAM_BENCH_ROUNDS`` sets the rounds (default 5: a ScoreCAM takes as many forward passes as the layer
-has channels).
+Both run with the allocator that the command line sets up, unless the environment tunes it (an empty ``GLIBC_TUNABLES=`` leaves
+it as it is). ``SHAPLEYCAM_BENCH_ROUNDS`` sets the rounds (default 5: a ScoreCAM takes as many forward passes as the layer has
+channels).
 
 The results go to ``bench/results/perturbation-<kind>-<device>-<commit>.json``.
 """

@@ -240,6 +240,6 @@ for _ in range(8):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     kept, faults = command(code=code).stdout.split()
-    tuned, more = command(code=code, MALLOC_MMAP_MAX_="65536").stdout.split()
+    tuned, more = command(code=code, GLIBC_TUNABLES="").stdout.split()
     assert (kept, tuned) == ("True", "False")
     assert int(faults) < int(more) / 2

@@ -20,6 +20,15 @@ def test_explanations():
         assert row in readme, row
 
 
+def test_evaluation():
+    readme = (ROOT / "README.md").read_text()
+    [name] = set(re.findall(r"\(bench/results/(metrics-cpu-[\w.-]+\.json)\)", readme))
+    case = json.loads((ROOT / "bench" / "results" / name).read_text())["case"]
+    assert case["freed_memory_is_kept"]
+    one, eleven = case["authors_over_ours"], case["authors_eleven_over_ours_eleven"]
+    assert f"{one:.1f} times as fast as the authors' loop for one method, and {eleven:.1f} times for all eleven" in readme
+
+
 def test_operators():
     readme = (ROOT / "README.md").read_text()
     [name] = set(re.findall(r"\(bench/results/(ops-cpu-[\w.-]+\.json)\)", readme))
