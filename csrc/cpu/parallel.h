@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include <atomic>
+#include <initializer_list>
 #include <thread>
 
 namespace shapleycam {
@@ -22,8 +23,19 @@ constexpr int kMostStarted = 64;
 // GNU's entry to a parallel region, which the LLVM and Intel runtimes have too: (body, argument, threads, flags).
 using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+// The process's own, wherever it is: some of PyTorch's packages (those for Arm) load theirs out of sight of the global lookup.
+inline OpenMP find_openmp() {
+  void* entry = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  for (const char* name : {"libgomp.so.1", "libomp.so", "libomp.so.5", "libiomp5.so"}) {
+    if (entry != nullptr) break;
+    void* loaded = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);  // kept: its threads outlive every call
+    if (loaded != nullptr) entry = dlsym(loaded, "GOMP_parallel");
+  }
+  return reinterpret_cast<OpenMP>(entry);
+}
+
 inline OpenMP openmp() {
-  static const auto found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const OpenMP found = find_openmp();
   return found;
 }
 

@@ -2,7 +2,11 @@
 
 import itertools
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +274,31 @@ def test_native_calls_run_in_pytorchs_own_pool():
         torch.set_num_threads(before)
     assert (ours - first, torchs - ours) == (2, 0)  # the team that our call started stays, and serves PyTorch
     assert all(torch.equal(other, found[0]) for other in found)
+
+
+def test_native_calls_find_a_pool_that_is_loaded_privately():
+    # As in PyTorch's packages for Arm: loaded, but not among the symbols that everybody sees. Run without PyTorch.
+    loaded = (Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines())
+    runtime = next(str(path) for path in loaded if path.name.startswith(("libgomp", "libomp", "libiomp")))
+    script = """
+import ctypes, os, sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+native = module_from_spec(spec := spec_from_file_location("_native", sys.argv[1]))
+spec.loader.exec_module(native)
+ctypes.CDLL(sys.argv[2], mode=os.RTLD_LOCAL | os.RTLD_NOW)
+n, c, s = 4, 2048, 200
+a, alpha, out, workspace = ((ctypes.c_float * k)() for k in (n * c * s, n * c, n * s, n * c * s))
+a[0], alpha[0] = 3.0, 2.0
+view = (ctypes.addressof(a), 0, c * s, s, 1)
+before = len(os.listdir("/proc/self/task"))
+rest = ctypes.addressof(workspace), ctypes.sizeof(workspace), 3
+status = native.channel_weighted_sum_cpu(view, ctypes.addressof(alpha), n, c, s, 1, ctypes.addressof(out), 0, *rest)
+print(status, out[0], out[1], len(os.listdir("/proc/self/task")) - before)
+"""
+    command = [sys.executable, "-c", script, find_spec("shapleycam._native").origin, runtime]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["0", "6.0", "0.0", "2"]  # the two threads of the pool stay
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
