@@ -160,6 +160,38 @@ def test_merged_states_are_one_pass_in_any_order():
             assert float(one.compute()[key]) == pytest.approx(float(value), rel=1e-14)
 
 
+def one_process(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    table, apart = ADCC(), Coherency()
+    for k in (0, 1, 2)[rank::2]:  # the second process has fewer images, and a broken one
+        tensors = random_tensors(3 + k, k)
+        if rank == 1:
+            tensors[0][0] = float("nan")
+        table.update(*tensors)
+        apart.update(*tensors[3:])
+    found = {key: value.item() for key, value in table.compute().items()}
+    found["apart"] = apart.compute().item()
+    # The counts of a process are its own again once the result is had.
+    (folder / f"{rank}.json").write_text(json.dumps([found, int(table.images), int(table.skipped)]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch was built without gloo")
+def test_two_processes_share_one_table(tmp_path):
+    torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
+    whole, apart = ADCC(), Coherency()
+    for k in range(3):
+        tensors = random_tensors(3 + k, k)
+        if k == 1:
+            tensors[0][0] = float("nan")
+        whole.update(*tensors)
+        apart.update(*tensors[3:])
+    expected = {key: value.item() for key, value in whole.compute().items()} | {"apart": apart.compute().item()}
+    for rank, counts in enumerate(([8, 0], [3, 1])):
+        found, *own = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == pytest.approx(expected, rel=1e-14) and own == counts
+
+
 def test_single_metrics_are_the_columns_of_the_table():
     p, kept, deleted, maps, again = tensors = random_tensors(9, 1)
     table = ADCC()
