@@ -8,7 +8,6 @@ removed when the block is left, whatever happened in it.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,59 +16,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from . import roi_align
 from .errors import LayerError, ModelStateError
+from .twice import TwiceDifferentiable
 
 Replace = Callable[[int, Tensor], Tensor]
-
-
-class MathAttention(TorchFunctionMode):
-    """Runs scaled-dot-product attention as plain products and softmax where gradients are on; RoIAlign, twice differentiable.
-
-    Fused attention has no double backward, nor has torchvision's RoIAlign. Torch's own switch (``sdpa_kernel``) is global to
-    the process and would change the user's other threads; this mode is local to the thread and leaves the trunk's fused
-    attention alone.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and torch.is_grad_enabled():
-            return _math_attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward and torch.is_grad_enabled():
-            # Runs with this mode off. Asked for its weights, it takes the decomposed road by itself.
-            wanted = inspect.signature(func).bind(*args, **kwargs)
-            asked = wanted.arguments.get("need_weights", True)
-            wanted.arguments["need_weights"] = True
-            attended, weights = func(*wanted.args, **wanted.kwargs)
-            return attended, weights if asked else None
-        if getattr(func, "_qualified_op_name", None) == roi_align.NAME and torch.is_grad_enabled():
-            return roi_align.roi_align(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _math_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # The decomposed operator takes an additive mask only.
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return out
 
 
 @dataclass(slots=True)
@@ -173,7 +127,7 @@ class Capture(AbstractContextManager["Capture"]):
             if self._gradients and not outer:
                 # Both end with the block. Entered here and not around the model, so that the trunk runs as it always does.
                 torch.set_grad_enabled(True)
-                self._stack.enter_context(MathAttention())
+                self._stack.enter_context(TwiceDifferentiable())
             given = self._replace(index, found) if self._replace is not None else found
             if self._gradients and not outer:
                 given = given.detach().requires_grad_(True)

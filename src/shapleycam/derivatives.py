@@ -303,10 +303,9 @@ def _missing_derivative(error: RuntimeError, engine: str) -> Exception:
     text = str(error)
     signs = ("not implemented", "does not support", "not supported", "double backward", "forward AD", "forward mode AD")
     if any(sign in text for sign in signs):
-        other = "forward_over_reverse" if engine == "reverse_over_reverse" else "reverse_over_reverse"
         return DerivativeError(
-            f"Engine {engine} cannot differentiate an operator of the head: {text.splitlines()[0]} Try engine={other!r}, "
-            "engine='midpoint' (approximate), or a first-order method such as 'gradcam'."
+            f"Engine {engine} cannot differentiate an operator of the head: {text.splitlines()[0]} engine='auto' tries both "
+            "exact engines; engine='midpoint' is approximate, and a first-order method such as 'gradcam' needs neither."
         )
     return error
 

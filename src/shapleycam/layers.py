@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import MathAttention, logits_of
+from .capture import logits_of
 from .errors import InputError, LayerError, ModelStateError
 from .layouts import Layout, ReshapeTransform, resolve_layout
+from .twice import TwiceDifferentiable
 from .utilities import Utility, evaluate
 
 LayerSpec = str | nn.Module
@@ -97,7 +98,7 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
 
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(MathAttention())
+        stack.enter_context(TwiceDifferentiable())
         # A clone taken here is no inference tensor, even where the images are.
         watched = images.detach().clone().requires_grad_(gradients)
         try:

@@ -86,6 +86,41 @@ def test_every_engine_equals_the_explicit_hessian(name, utility, images):
         assert a.shape[2] == 16
 
 
+class Excite(nn.Module):
+    """Squeeze and excitation as in MobileNetV3: channels weighted by a gate of their means."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.mix, self.gate = nn.Conv2d(6, 6, 1), gate
+
+    def forward(self, a):
+        return a * self.gate(4 * self.mix(a.mean((2, 3), keepdim=True)) + 1)
+
+
+class Clamped(nn.Module):
+    def forward(self, x):
+        return x.clamp(-3, 3) / 6 + 0.5
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("engine", ["reverse_over_reverse", "forward_over_reverse"])
+def test_hard_sigmoid_which_torch_differentiates_once(engine, inplace, images):
+    models = []
+    for gate in (nn.Hardsigmoid(inplace), Clamped()):
+        torch.manual_seed(2)
+        tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+        models.append(Split(nn.Conv2d(3, 6, 1), nn.Sequential(Excite(gate), *tail)).double().eval())
+    model, twin = models
+    images, targets = images.double(), torch.tensor([[0, 4], [1, 1], [3, 2]])
+    _, g, h, layout = derive(model, images, targets, engine=engine)
+    expected_g, expected_h = explicit(twin, images, targets, "rest", layout)
+    torch.testing.assert_close(g, expected_g, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(h, expected_h, rtol=1e-9, atol=1e-12)
+    gates = twin.head[0].gate(4 * twin.head[0].mix(twin.target(images).mean((2, 3), keepdim=True)) + 1)
+    assert (gates == 1).any() and ((gates > 0) & (gates < 1)).any()  # on both sides of a kink
+    torch.testing.assert_close(Explainer(model, "target")(images).logits, model(images))
+
+
 def test_closed_form_equals_reverse_over_reverse_in_float32(images):
     model = model_of("pool-linear", torch.float32)
     targets = torch.tensor([[0], [1], [3]])
@@ -138,7 +173,7 @@ def test_an_edited_head_is_noticed(images):
 
 def test_a_missing_derivative_is_named_and_never_taken_for_zero(images):
     model = model_of("conv-bn-silu")
-    with pytest.raises(DerivativeError, match="reverse_over_reverse"):
+    with pytest.raises(DerivativeError, match="forward_over_reverse cannot.*silu.*engine='auto'"):
         Explainer(model, "target", engine="forward_over_reverse")(images.double())
 
     class OnceOnly(torch.autograd.Function):
