@@ -148,7 +148,7 @@ def _closed_form_terms(request: Request, capture: Capture, linear: nn.Linear, ou
             scale=1 / positions,
             backend=request.backend,
         )
-        gradient = rows @ linear.weight.to(rows.dtype)
+        gradient = ops.head_weights(rows, linear.weight, backend=request.backend)
     else:
         z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         z0 = z if bias is None else z - bias.to(z.dtype)

@@ -125,6 +125,30 @@ def test_large_logits_do_not_overflow(backend):
     close(result, expected, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 2), (1, 7), (9, 1), (0, 3), (2, 0)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_weights_are_the_product(dtype, n, m, tied):
+    rows = draw(n, m, 37, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    weight = draw(19, 37, dtype=dtype, seed=1).T if tied else draw(37, 19, dtype=dtype, seed=1)
+    if n * m > 1:
+        rows[0, 0, 3] = float("nan")  # one row's alone
+    result = ops.head_weights(rows, torch.nn.Parameter(weight, requires_grad=False))
+    assert result.shape == (n, m, 19)
+    close(result, rows.double() @ weight.double(), dtype)
+
+
+def test_head_weights_of_a_weight_that_is_no_plain_tensor():
+    class Packed(torch.Tensor):
+        """Its storage is not what it says: only its own operators may read it."""
+
+        def to(self, *args, **kwargs):
+            return self.as_subclass(torch.Tensor).to(*args, **kwargs) * 2
+
+    rows, weight = draw(1, 1, 5), draw(5, 4, dtype=torch.bfloat16, seed=1)
+    close(ops.head_weights(rows, weight.as_subclass(Packed)), rows.double() @ weight.double() * 2, torch.bfloat16)
+
+
 @pytest.mark.parametrize("backend", available("class_maps"))
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
