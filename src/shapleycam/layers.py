@@ -51,7 +51,7 @@ class Survey:
     """What one small forward pass showed.
 
     Attributes:
-        records: every module call that returned one floating tensor, in order of completion.
+        records: every module call that returned one floating tensor (or a tuple with one map), in order of completion.
         outputs: what the model returned.
         logits: the logits in it, if there are any.
         stem: the convolution that reads the images directly, if there is one.
@@ -86,6 +86,9 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, tuple):  # blocks of Hugging Face's transformers: (hidden states, attentions or None)
+                maps = [part for part in output if isinstance(part, Tensor) and part.is_floating_point() and part.ndim >= 3]
+                output = maps[0] if len(maps) == 1 else None
             if threading.get_ident() == owner and isinstance(output, Tensor) and output.is_floating_point():
                 source = args[0] if args and isinstance(args[0], Tensor) else None
                 alias = source is not None and source.data_ptr() == output.data_ptr() and source.numel() == output.numel()
@@ -237,8 +240,9 @@ def find_layer(
             candidates.append((record, layout))
     width = candidates[-1][0].output.shape[-1] if candidates and candidates[-1][1].kind == "NTC" else None
     if width is not None:
-        # The projections inside a transformer block (queries and keys, the wide MLP layer) are no feature maps.
-        candidates = [(r, layout) for r, layout in candidates if layout.kind != "NTC" or r.output.shape[-1] == width]
+        # The projections inside a transformer block (queries, keys and values, the layers of the MLP) are no feature maps.
+        whole = [(r, layout) for r, layout in candidates if layout.kind != "NTC" or r.output.shape[-1] == width]
+        candidates = [(r, layout) for r, layout in whole if not isinstance(r.module, nn.Linear)] or whole
     matters = _positions_matter(seen, utility, candidates)
     for i in reversed(range(len(candidates))):
         if matters[i]:
