@@ -238,28 +238,37 @@ def find_layer(
             continue  # not a spatial output: no candidate
         if layout.view(record.output).shape[2] > 1:
             candidates.append((record, layout))
-    width = candidates[-1][0].output.shape[-1] if candidates and candidates[-1][1].kind == "NTC" else None
-    if width is not None:
-        # The projections inside a transformer block (queries, keys and values, the layers of the MLP) are no feature maps.
-        whole = [(r, layout) for r, layout in candidates if layout.kind != "NTC" or r.output.shape[-1] == width]
-        candidates = [(r, layout) for r, layout in whole if not isinstance(r.module, nn.Linear)] or whole
-    matters = _positions_matter(seen, utility, candidates)
+    candidates = _feature_maps(candidates)
+    shares = _positions_that_matter(seen, utility, candidates)
     for i in reversed(range(len(candidates))):
-        if matters[i]:
+        if shares[i] >= 0.5:
             chosen = candidates[i][0]
             same = [r for r, _ in candidates if r.output is chosen.output or r.output.data_ptr() == chosen.output.data_ptr()]
             # Containers return the tensor of their last child: name the outermost.
             outermost = min((r for r in same if r.output.shape == chosen.output.shape), key=lambda r: r.name.count("."))
             return outermost.name, outermost.module
     listing = "\n".join(f"  {r.name}: {tuple(r.output.shape)}" for r, _ in candidates[-12:]) or "  (none)"
+    dead = " No gradient reaches any: does the model detach them, or is its classifier all zeros, as before training?"
+    dead = "" if any(shares) else dead
     raise LayerError(
-        f"layer='auto' found no layer of {type(model).__name__} whose positions all lead to the target. Name one with layer=. "
-        f"Candidates with positions, last first to run at the bottom:\n{listing}"
+        f"layer='auto' found no layer of {type(model).__name__} whose positions all lead to the target.{dead} Name one with "
+        f"layer=. Candidates with positions, last first to run at the bottom:\n{listing}"
     )
 
 
-def _positions_matter(seen: Survey, utility: Utility, candidates: Sequence[tuple[Record, Layout]]) -> list[bool]:
-    """For each candidate: does the utility's gradient reach at least half of its positions?"""
+def _feature_maps(candidates: list[tuple[Record, Layout]]) -> list[tuple[Record, Layout]]:
+    """The candidates without the projections inside transformer blocks: queries, keys and values, the layers of the MLP."""
+    maps = [
+        (r, layout) for r, layout in candidates if layout.kind != "NTC" or not isinstance(r.module, nn.Linear)
+    ] or candidates
+    if not maps or maps[-1][1].kind != "NTC":
+        return maps
+    width = maps[-1][0].output.shape[-1]
+    return [(r, layout) for r, layout in maps if layout.kind != "NTC" or r.output.shape[-1] == width]
+
+
+def _positions_that_matter(seen: Survey, utility: Utility, candidates: Sequence[tuple[Record, Layout]]) -> list[float]:
+    """For each candidate the share of its positions that the utility's gradient reaches."""
     if not candidates:
         return []
     batch = candidates[-1][0].output.shape[0]
@@ -267,13 +276,12 @@ def _positions_matter(seen: Survey, utility: Utility, candidates: Sequence[tuple
     with torch.enable_grad():
         value = evaluate(utility, seen.outputs, seen.logits, targets, batch)
         if not value.requires_grad:
-            return [False] * len(candidates)
+            return [0.0] * len(candidates)
         gradients = torch.autograd.grad(value.sum(), [r.output for r, _ in candidates], allow_unused=True)
-    reached = []
-    for (_, layout), gradient in zip(candidates, gradients, strict=True):
-        share = 0.0 if gradient is None else (layout.view(gradient) != 0).any(1).float().mean().item()
-        reached.append(share >= 0.5)
-    return reached
+    return [
+        0.0 if gradient is None else (layout.view(gradient) != 0).any(1).float().mean().item()
+        for (_, layout), gradient in zip(candidates, gradients, strict=True)
+    ]
 
 
 def final_linear(seen: Survey, layers: Sequence[tuple[str, nn.Module]]) -> tuple[nn.Linear | None, str]:

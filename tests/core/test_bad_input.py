@@ -192,6 +192,13 @@ def test_overlay_arguments():
             result.overlay(images)
 
 
+def test_a_classifier_of_zeros_has_no_layer_to_explain():
+    model = toy()
+    nn.init.zeros_(model[-1].weight)
+    with pytest.raises(LayerError, match="No gradient reaches any.*classifier all zeros"):
+        Explainer(model)(X)
+
+
 def test_one_family():
     for error in (InputError, TargetError, LayerError, ModelStateError):
         assert issubclass(error, ShapleyCamError)

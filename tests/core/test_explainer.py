@@ -318,6 +318,33 @@ def test_own_utility_and_own_outputs(batch):
         Explainer(Segment().eval(), "body")(batch)
 
 
+class Looks(nn.Module):
+    """One transformer block whose queries, keys and values are layers of their own; ends in the mean of the tokens or one."""
+
+    def __init__(self, first_token):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 6, 4, stride=4), nn.LayerNorm(6)
+        self.query, self.key, self.value, self.wide = (nn.Linear(6, n) for n in (6, 6, 6, 24))
+        self.classifier = nn.Linear(24, 5)
+        self.first_token = first_token
+
+    def forward(self, images):
+        t = self.patches(images).flatten(2).transpose(1, 2)
+        n = self.norm(torch.cat((t.mean(1, keepdim=True), t), 1) if self.first_token else t)
+        q, k, v = self.query(n), self.key(n), self.value(n)
+        t = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.classifier(self.wide(t[:, 0] if self.first_token else t.tanh().mean(1)))
+
+
+@pytest.mark.parametrize("first_token", [True, False])
+def test_projections_inside_attention_are_no_target_layers(first_token):
+    # Behind the values the patches no longer reach the keys: the whole of their influence passes through the norm.
+    torch.manual_seed(0)
+    result = Explainer(Looks(first_token).eval())(torch.randn(2, 3, 16, 12))
+    assert result.diagnostics.layers == ("norm",)
+    assert result.diagnostics.layouts[0].grid == (4, 3) and result.diagnostics.layouts[0].prefix == int(first_token)
+
+
 def test_auto_lists_candidates_when_it_cannot_tell(batch):
     class Blind(nn.Module):
         def __init__(self):
