@@ -8,6 +8,7 @@ whether anything behind it writes into its output.
 from __future__ import annotations
 
 import difflib
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .capture import logits_of
 from .errors import InputError, LayerError, ModelStateError
-from .layouts import Layout, ReshapeTransform, resolve_layout
+from .layouts import PREFIXES, Layout, ReshapeTransform, resolve_layout
 from .twice import TwiceDifferentiable
 from .utilities import Utility, evaluate
 
@@ -217,32 +218,45 @@ def find_layer(
         LayerError: nothing fits; the message lists the candidates with their shapes.
     """
     prefix, patch = token_facts(model)
-    candidates: list[tuple[Record, Layout]] = []
     runs = Counter(id(record.module) for record in seen.records)
-    for record in seen.records:
-        if runs[id(record.module)] > 1:
-            continue  # an activation that several places share has no map of its own
-        if record.passive or record.output.ndim < 3 or record.module is model or record.output is seen.logits:
-            continue
-        try:
-            layout = resolve_layout(
-                record.output.shape,
-                image_shape,
-                name=record.name,
-                wanted=wanted,
-                module=record.module,
-                prefix=prefix,
-                patch=patch,
-            )
-        except LayerError:
-            continue  # not a spatial output: no candidate
-        if layout.view(record.output).shape[2] > 1:
-            candidates.append((record, layout))
-    candidates = _feature_maps(candidates)
+    # An activation that several places share has no map of its own; windows folded into the batch are parts of maps.
+    records = [
+        r
+        for r in seen.records
+        if runs[id(r.module)] == 1 and r.output.ndim >= 3 and r.output.shape[0] == image_shape[0]
+        if not r.passive and r.module is not model and r.output is not seen.logits
+    ]
+
+    def spatial(strict: bool) -> list[tuple[Record, Layout]]:
+        found = []
+        for r in records:
+            try:
+                layout = resolve_layout(
+                    r.output.shape,
+                    image_shape,
+                    name=r.name,
+                    wanted=wanted,
+                    module=r.module,
+                    prefix=prefix,
+                    patch=patch,
+                    strict=strict,
+                )
+            except LayerError:
+                continue
+            if math.prod(layout.grid) > 1:
+                found.append((r, layout))
+        return found
+
+    candidates = spatial(strict=True)
+    if not any(layout.kind == "NTC" for _, layout in candidates):
+        # Beside tokens, four dimensions without the images' aspect ratio are attention heads, and not uneven strides.
+        candidates = spatial(strict=False)
+    readable, candidates = candidates, _feature_maps(candidates)
     shares = _positions_that_matter(seen, utility, candidates)
     for i in reversed(range(len(candidates))):
         if shares[i] >= 0.5:
             chosen = candidates[i][0]
+            _check_tokens_behind(seen, utility, chosen, records, readable, prefix)
             same = [r for r, _ in candidates if r.output is chosen.output or r.output.data_ptr() == chosen.output.data_ptr()]
             # Containers return the tensor of their last child: name the outermost.
             outermost = min((r for r in same if r.output.shape == chosen.output.shape), key=lambda r: r.name.count("."))
@@ -267,6 +281,37 @@ def _feature_maps(candidates: list[tuple[Record, Layout]]) -> list[tuple[Record,
     return [(r, layout) for r, layout in maps if layout.kind != "NTC" or r.output.shape[-1] == width]
 
 
+def _check_tokens_behind(
+    seen: Survey,
+    utility: Utility,
+    chosen: Record,
+    records: Sequence[Record],
+    readable: Sequence[tuple[Record, Layout]],
+    prefix: int | None,
+) -> None:
+    """Raise LayerError if a layer behind the chosen one has as many tokens as a grid seen elsewhere in the model.
+
+    That grid is a guess (of a video transformer, say, which convolves inside its blocks), so it is the caller's to confirm.
+    """
+    grids = {layout.grid for _, layout in readable}
+    read = {id(record) for record, _ in readable}
+    order = [id(record) for record in records]
+    unread: list[tuple[Record, Layout]] = []
+    for record in records[order.index(id(chosen)) + 1 :]:
+        if record.output.ndim == 3 and id(record) not in read and not isinstance(record.module, nn.Linear):
+            for grid in grids:
+                left = record.output.shape[1] - math.prod(grid)
+                if left in ((prefix,) if prefix is not None else PREFIXES):
+                    unread.append((record, Layout("NTC", grid, left)))
+    shares = _positions_that_matter(seen, utility, unread)
+    for (record, layout), share in reversed(list(zip(unread, shares, strict=True))):
+        if share >= 0.5:
+            raise LayerError(
+                f"layer='auto' cannot read the tokens of layer {record.name!r}, shape {tuple(record.output.shape)}. If they "
+                f"are a grid of {layout.grid} behind {layout.prefix} others, say so: layer={record.name!r}, layout={layout!r}."
+            )
+
+
 def _positions_that_matter(seen: Survey, utility: Utility, candidates: Sequence[tuple[Record, Layout]]) -> list[float]:
     """For each candidate the share of its positions that the utility's gradient reaches."""
     if not candidates:
@@ -277,7 +322,8 @@ def _positions_that_matter(seen: Survey, utility: Utility, candidates: Sequence[
         value = evaluate(utility, seen.outputs, seen.logits, targets, batch)
         if not value.requires_grad:
             return [0.0] * len(candidates)
-        gradients = torch.autograd.grad(value.sum(), [r.output for r, _ in candidates], allow_unused=True)
+        outputs = [r.output for r, _ in candidates]
+        gradients = torch.autograd.grad(value.sum(), outputs, allow_unused=True, retain_graph=True)  # for another question
     return [
         0.0 if gradient is None else (layout.view(gradient) != 0).any(1).float().mean().item()
         for (_, layout), gradient in zip(candidates, gradients, strict=True)

@@ -24,6 +24,9 @@ KINDS: dict[str, tuple[int, int]] = {
     "NDHWC": (5, 4),
 }
 
+#: How many leading tokens may be no positions: none, a class token, two (distilled), or registers with and without the class.
+PREFIXES = (0, 1, 2, 4, 5)
+
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd)
 
 
@@ -136,6 +139,7 @@ def resolve_layout(
     module: nn.Module | None = None,
     prefix: int | None = None,
     patch: tuple[int, ...] | None = None,
+    strict: bool = False,
 ) -> Layout:
     """The layout of a layer's output of shape ``shape`` for images of shape ``image_shape`` [N, channels, H, W].
 
@@ -150,6 +154,7 @@ def resolve_layout(
         module: the target layer, whose own channel count breaks ties.
         prefix: how many leading tokens the model declares, if it does.
         patch: the model's patch size, if it has a patch embedding.
+        strict: take the images' aspect ratio only, and not the module's word where no dimensions have it.
 
     Raises:
         LayerError: the output has no positions, the wish does not fit the shape, or the shape is ambiguous.
@@ -181,7 +186,7 @@ def resolve_layout(
     if len(found) > 1 and isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)):
         # h = w = channels: these two kinds of module have the channels second, always.
         found = [layout for layout in found if layout.channels_dim == 1]
-    if not found and wanted == "auto" and len(shape) >= 4:
+    if not found and wanted == "auto" and len(shape) == len(image_shape) and not strict:
         # Strides that differ by dimension (audio, text lines) break the aspect test: let the module's own word decide.
         loose = [layout for kind in kinds if (layout := _fit(kind, shape, space, prefix, patch, strict=False))]
         found = [layout for layout in loose if _channels_agree(module, shape[layout.channels_dim])]
@@ -238,7 +243,7 @@ def _fit(
 
 
 def _fit_tokens(tokens: int, space: tuple[int, ...], prefix: int | None, patch: tuple[int, ...] | None) -> Layout | None:
-    prefixes = (prefix,) if prefix is not None else (0, 1, 2, 4, 5)
+    prefixes = (prefix,) if prefix is not None else PREFIXES
     if patch is not None and len(patch) == len(space):
         # Floor for models that crop, ceiling for models that pad to whole patches.
         for grid in (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shapleycam import METHODS, DerivativeError, Explainer, InputError, LayerError, ShapleyCamWarning
+from shapleycam import METHODS, DerivativeError, Explainer, InputError, LayerError, Layout, ShapleyCamWarning
 
 from .conftest import Split, small_heads, toy
 
@@ -319,20 +319,20 @@ def test_own_utility_and_own_outputs(batch):
 
 
 class Looks(nn.Module):
-    """One transformer block whose queries, keys and values are layers of their own; ends in the mean of the tokens or one."""
+    """A transformer block with queries, keys and values of their own and normed keys; ends in the mean of the tokens or one."""
 
-    def __init__(self, first_token):
+    def __init__(self, first_token, patches=None):
         super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, 6, 4, stride=4), nn.LayerNorm(6)
+        self.patches, self.norm = patches or nn.Conv2d(3, 6, 4, stride=4), nn.LayerNorm(6)
         self.query, self.key, self.value, self.wide = (nn.Linear(6, n) for n in (6, 6, 6, 24))
-        self.classifier = nn.Linear(24, 5)
+        self.key_norm, self.classifier = nn.LayerNorm(3), nn.Linear(24, 5)
         self.first_token = first_token
 
     def forward(self, images):
         t = self.patches(images).flatten(2).transpose(1, 2)
         n = self.norm(torch.cat((t.mean(1, keepdim=True), t), 1) if self.first_token else t)
-        q, k, v = self.query(n), self.key(n), self.value(n)
-        t = nn.functional.scaled_dot_product_attention(q, k, v)
+        q, k, v = (layer(n).unflatten(2, (2, 3)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        t = nn.functional.scaled_dot_product_attention(q, self.key_norm(k), v).transpose(1, 2).flatten(2)
         return self.classifier(self.wide(t[:, 0] if self.first_token else t.tanh().mean(1)))
 
 
@@ -343,6 +343,18 @@ def test_projections_inside_attention_are_no_target_layers(first_token):
     result = Explainer(Looks(first_token).eval())(torch.randn(2, 3, 16, 12))
     assert result.diagnostics.layers == ("norm",)
     assert result.diagnostics.layouts[0].grid == (4, 3) and result.diagnostics.layouts[0].prefix == int(first_token)
+
+
+def test_tokens_whose_grid_is_a_guess_are_the_callers_to_name():
+    # A video's patches overlap, so nothing says how the tokens lie, except that a convolution had as many positions.
+    torch.manual_seed(0)
+    model = Looks(True, nn.Conv3d(3, 6, (3, 7, 7), stride=(2, 4, 4), padding=(1, 3, 3))).eval()
+    clip = torch.randn(2, 3, 8, 16, 16)
+    with pytest.raises(LayerError, match=r"tokens of layer 'norm'.*grid=\(4, 4, 4\), prefix=1") as error:
+        Explainer(model)(clip)
+    said = str(error.value)
+    layout = eval(said[said.index("Layout(") : -1], {"Layout": Layout})
+    assert Explainer(model, "norm", layout=layout)(clip).raw.shape == (2, 4, 4, 4)
 
 
 def test_auto_lists_candidates_when_it_cannot_tell(batch):
