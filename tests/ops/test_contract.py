@@ -279,7 +279,8 @@ def test_native_calls_run_in_pytorchs_own_pool():
 def test_native_calls_find_a_pool_that_is_loaded_privately():
     # As in PyTorch's packages for Arm: loaded, but not among the symbols that everybody sees. Run without PyTorch.
     loaded = (Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines())
-    runtime = next(str(path) for path in loaded if path.name.startswith(("libgomp", "libomp", "libiomp")))
+    # Not one that another package brought for itself under a name of its own, such as libgomp-e985bcbb.so.1.0.0.
+    runtime = next(str(path) for path in loaded if path.name.startswith(("libgomp.so", "libomp.so", "libiomp5.so")))
     script = """
 import ctypes, os, sys
 from importlib.util import module_from_spec, spec_from_file_location
