@@ -136,6 +136,7 @@ def test_head_weights_are_the_product(dtype, n, m, tied):
     result = ops.head_weights(rows, torch.nn.Parameter(weight, requires_grad=False))
     assert result.shape == (n, m, 19)
     close(result, rows.double() @ weight.double(), dtype)
+    assert ops.head_weights(rows, torch.nn.Parameter(weight)).requires_grad
 
 
 def test_head_weights_of_a_weight_that_is_no_plain_tensor():

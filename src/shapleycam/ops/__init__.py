@@ -184,8 +184,8 @@ def class_maps(
 def head_weights(rows: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """``rows @ W``: the channel weights behind a linear layer, from those of its logits (:func:`utility_rows`).
 
-    The product is the library's. On a CPU and with few rows it is :func:`channel_weighted_sum`, with the classes as channels:
-    that reads W once, in the dtype it has.
+    The product is the library's, and differentiable. On a CPU, with few rows and no gradients, it is
+    :func:`channel_weighted_sum` with the classes as channels: that reads W once, in the dtype it has.
 
     Args:
         rows: [N, M, K], float32 or float64.
@@ -198,6 +198,7 @@ def head_weights(rows: Tensor, weight: Tensor, *, backend: str = "auto") -> Tens
     n, m, k = rows.shape
     least, most = _FEW_ROWS.get(weight.dtype, (1, 0))
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu" and rows.dtype == torch.float32
+    plain = plain and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
     if plain and backend in ("auto", "native") and least <= n * m <= most:
         return channel_weighted_sum(weight[None], rows.reshape(1, n * m, k), backend=backend).view(n, m, -1)
     return torch.matmul(rows, weight.to(rows.dtype))
