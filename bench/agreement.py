@@ -14,13 +14,13 @@ from typing import Any
 
 import timm
 import torch
-from tests.core.conftest import wake
+from tests.helpers import wake
 from torch import Tensor, nn
 
 from shapleycam import UTILITIES, Explainer
 from shapleycam.cli.demo import photographs
-from shapleycam.images import read_image
-from shapleycam.models import load_classifier
+from shapleycam.data.images import read_image
+from shapleycam.model.zoo import load_classifier
 from shapleycam.shapley import Game
 
 ROOT = Path(__file__).parents[1]

@@ -33,11 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tests.helpers import wake
 from torch import Tensor, nn
 
 from shapleycam import Explainer
 
-from .alive import wake
 from .formulas import Formulas, display, relative
 from .parity_page import GRAD_CAM, METHOD_ROWS, TOLERANCE, TORCH_CAM, UTILITIES, page
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from shapleycam.cli.app import run
 from shapleycam.cli.demo import photographs
-from shapleycam.images import read_image
+from shapleycam.data.images import read_image
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,10 +31,10 @@ import torch
 from shapleycam import Explainer
 from shapleycam.cli import keep_freed_memory
 from shapleycam.cli.demo import photographs
-from shapleycam.images import read_image
+from shapleycam.data.images import read_image
 from shapleycam.methods import PAPER_METHODS
 from shapleycam.metrics import ADCC, measure
-from shapleycam.models import load_classifier
+from shapleycam.model.zoo import load_classifier
 
 from .test_explain import DEVICE, RESULTS, Rest, conditions, seconds
 

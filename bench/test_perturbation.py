@@ -28,7 +28,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from shapleycam import Explainer
 from shapleycam.cli import keep_freed_memory
-from shapleycam.perturbation import ABLATION_FLOOR
+from shapleycam.methods.perturbation import ABLATION_FLOOR
 
 ROUNDS = int(os.environ.get("SHAPLEYCAM_BENCH_ROUNDS", "5"))
 AIM = 2.0

@@ -10,11 +10,15 @@ if not torch.cuda.is_available():
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
+from torch import Tensor, nn
 
 from shapleycam.ops import ladder, launch
+
+from .helpers import wake
 
 if emulated := os.environ.get("SHAPLEYCAM_CUDA_ON_CPU"):
     # The path of an extension whose CUDA half was compiled for the CPU (make cuda-on-cpu): tests of "cuda" then run on it.
@@ -26,9 +30,6 @@ if emulated := os.environ.get("SHAPLEYCAM_CUDA_ON_CPU"):
     ladder._cuda_status = lambda: ladder.BackendStatus(True, "CUDA kernels on the CPU", ("cpu",), operators)
     launch._device, launch._stream = lambda tensor: nullcontext(), lambda tensor: 0
 
-#: (rtol, atol) against float64 for results accumulated in float32 from inputs that are exact in their own dtype.
-TOLERANCE = {torch.float64: (1e-11, 1e-11), torch.float32: (2e-5, 2e-5)}
-
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -38,6 +39,16 @@ def _seed():
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def wake_up() -> Callable[..., nn.Module]:
+    return wake
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(3))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """shapleycam: Shapley-value-based class activation maps at the price of a prediction (arXiv 2501.06261)."""
 
+from ._version import __version__
 from .errors import (
     BackendError,
     DerivativeError,
@@ -12,12 +13,10 @@ from .errors import (
 )
 from .explainer import Explainer
 from .explanation import Diagnostics, Explanation
-from .layouts import Layout
-from .methods import METHODS, Method
+from .methods.table import METHODS, Method
+from .model.layouts import Layout
 from .ops import BackendStatus, backends
-from .utilities import UTILITIES, Utility
-
-__version__ = "0.1.0"
+from .utilities.named import UTILITIES, Utility
 
 __all__ = [
     "METHODS",

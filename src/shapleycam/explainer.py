@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .derivatives import ENGINES, Derived, HeadChanged, Terms
-from .eigen import principal_map
+from .derivatives.engines import ENGINES, Derived, HeadChanged, Terms
 from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
-from .layers import LayerSpec, check_stem, named_layers, token_facts
-from .layouts import Layout, ReshapeTransform
-from .methods import PAPER_METHODS, Method, get_method
-from .perturbation import Scene, ablation_weights, check_chunk, poison, score_weights
+from .methods.eigen import principal_map
+from .methods.perturbation import Scene, ablation_weights, check_chunk, poison, score_weights
+from .methods.table import PAPER_METHODS, Method, get_method
+from .model.layers import LayerSpec, check_stem, named_layers, token_facts
+from .model.layouts import Layout, ReshapeTransform
 from .plan import Plan, Wishes, derive, make_plan, warn
-from .targets import as_targets, check_targets
-from .utilities import Utility, UtilityFunction, get_utility
+from .utilities.named import Utility, UtilityFunction, get_utility
+from .utilities.targets import as_targets, check_targets
 
 
 class Explainer:

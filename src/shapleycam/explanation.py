@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from .shapley import ShapleyValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +34,6 @@ class Diagnostics:
     layers: tuple[str, ...]
     layouts: tuple[Any, ...]
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How close an explanation's signed maps come to the Shapley values of its game, per image, float64 [N].
-
-    Attributes:
-        pearson, spearman: correlation over the players, and of their ranks; NaN where either side does not vary.
-        relative_error: |map - values| / |values|, Euclidean.
-        efficiency_gap: sum of the map, less U(A) - U(baseline): 0 where the efficiency axiom holds.
-    """
-
-    pearson: Tensor
-    spearman: Tensor
-    relative_error: Tensor
-    efficiency_gap: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,45 +110,9 @@ class Explanation:
             )
         return self
 
-    def agreement(self, oracle: ShapleyValues) -> Agreement:
-        """Compare the signed map with the Shapley values of the game (:class:`shapleycam.shapley.Game`) it approximates.
-
-        The map is added up over the players: its cells, or all channels of a position. So the map must be an attribution: its
-        sum over channels is of ``A·w`` in ShapleyCAM, ShapleyCAM-H, GradCAM and HiResCAM.
-
-        Args:
-            oracle: of the same images, classes and layer, with positions or elements as players.
-
-        Raises:
-            InputError: several layers or classes, channels as players, or an oracle of another batch, class or layer.
-        """
-        if self._multi:
-            raise InputError("agreement() compares one class per image: explain with targets [N].")
-        if oracle.players == "channels":
-            raise InputError(
-                "The players of the oracle are channels, but a map attributes to positions: use players='positions'."
-            )
-        raw = self.raw
-        if raw.shape != (oracle.values.shape[0], *oracle.grid):
-            raise InputError(
-                f"The map is {tuple(raw.shape)}, but the oracle has {oracle.values.shape[0]} images of {oracle.grid}."
-            )
-        if self.diagnostics.layers != (oracle.layer,):
-            raise InputError(f"The map is of layer {self.diagnostics.layers[0]!r}, but the oracle is of {oracle.layer!r}.")
-        ours, theirs = (None if t is None else t.tolist() for t in (self.targets, oracle.targets))
-        if ours != theirs:
-            raise InputError(f"The map explains the classes {ours}, but the oracle {theirs}: give both the same targets.")
-        flat, values = raw.flatten(1).double(), oracle.values
-        if oracle.players == "elements":
-            values = oracle.map().flatten(1)
-        else:
-            flat = torch.zeros_like(values).index_add_(1, oracle.groups, flat)
-        return Agreement(
-            pearson=_correlation(flat, values),
-            spearman=_correlation(_ranks(flat), _ranks(values)),
-            relative_error=(flat - values).norm(dim=1) / values.norm(dim=1),
-            efficiency_gap=flat.sum(1) - (oracle.full - oracle.empty),
-        )
+    def agreement(self, oracle: Any) -> Any:
+        """The same as ``oracle.agreement(self)``; see :meth:`shapleycam.shapley.ShapleyValues.agreement`."""
+        return oracle.agreement(self)
 
     def heatmaps(self, size: Sequence[int] | int | None = None) -> Tensor:
         """The display form: ReLU, min-max, resize, mean over layers, min-max (arXiv 2501.06261).
@@ -240,16 +185,3 @@ class Explanation:
         if len(wanted) != dims or any(not isinstance(s, int) or s < 1 for s in wanted):
             raise InputError(f"size must be {dims} positive integers for maps of {dims} dimensions, got {size!r}.")
         return wanted
-
-
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    out: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    return out
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks along the rows, equal values sharing their mean."""
-    below = (values[:, None, :] < values[:, :, None]).sum(2)
-    equal = (values[:, None, :] == values[:, :, None]).sum(2)
-    return (below + (equal - 1) / 2).to(values.dtype)

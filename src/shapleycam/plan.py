@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .derivatives import (
+from .derivatives.engines import (
     Derived,
     Request,
     closed_form,
@@ -23,10 +23,10 @@ from .derivatives import (
     reverse_over_reverse,
 )
 from .errors import DerivativeError, InputError, ShapleyCamWarning
-from .layers import affine_error, affine_tolerance, final_linear, find_layer, survey
-from .layouts import Layout, ReshapeTransform, resolve_layout
-from .methods import Method
-from .utilities import Utility
+from .methods.table import Method
+from .model.layers import affine_error, affine_tolerance, final_linear, find_layer, survey
+from .model.layouts import Layout, ReshapeTransform, resolve_layout
+from .utilities.named import Utility
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,8 +174,8 @@ def test_demo(tmp_path):
 def test_the_maps_of_the_demo_lie_on_what_they_name(tmp_path, photo):
     """Where the objects are in the 224 × 224 crops was marked by hand: (left, top, right, bottom)."""
     from shapleycam import Explainer
-    from shapleycam.images import read_image
-    from shapleycam.models import load_classifier
+    from shapleycam.data.images import read_image
+    from shapleycam.model.zoo import load_classifier
 
     classifier = load_classifier()
     explainer = Explainer(classifier.model)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shapleycam import LayerError, Layout, compat
-from shapleycam.layouts import ReshapeTransform, Transformed
+from shapleycam.model.layouts import ReshapeTransform, Transformed
 
 timm = pytest.importorskip("timm")
 peer = pytest.importorskip("pytorch_grad_cam")

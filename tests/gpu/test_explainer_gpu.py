@@ -9,7 +9,7 @@ from shapleycam import Explainer, ops
 from shapleycam.ops import contract
 from shapleycam.shapley import Game
 
-from ..core.conftest import Split, small_heads
+from ..helpers import Split, small_heads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: (head, engine): every engine, and token and grid layouts.

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shapleycam import BackendError, DerivativeError, InputError, ops
 from shapleycam.ops import contract, library, reference
 
-from ..conftest import TOLERANCE
+from ..helpers import TOLERANCE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LAYOUTS = ["first", "last", "tokens", "misaligned", "transposed"]

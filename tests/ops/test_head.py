@@ -9,7 +9,7 @@ from shapleycam import BackendError, DerivativeError, InputError, ops
 from shapleycam.ops import contract, library
 from shapleycam.utilities import UTILITIES
 
-from ..conftest import TOLERANCE
+from ..helpers import TOLERANCE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shapleycam import InputError, ops
 from shapleycam.ops import reference
 
-from ..conftest import TOLERANCE
+from ..helpers import TOLERANCE
 from .test_contract import BACKENDS, DEVICE, DTYPES, poisoned
 
 # Enough for every path of a kernel; the interpreter is slow.

@@ -159,8 +159,8 @@ def evaluate(
     reported and counted, the others are done, and the exit status is 1. A run that was interrupted goes on where it was saved,
     to the same numbers.
     """
-    from ..evaluation import Protocol
-    from ..methods import PAPER_METHODS
+    from ..evaluate.run import Protocol
+    from ..methods.table import PAPER_METHODS
     from .evaluate import Options, method_names, run_evaluate
 
     protocol = Protocol(

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from ..data.images import read_image, to_picture
 from ..errors import InputError
 from ..explainer import Explainer
-from ..images import read_image, to_picture
-from ..models import DEFAULT_MODEL, load_classifier, need
+from ..model.zoo import DEFAULT_MODEL, load_classifier
+from ..optional import need
 from .explain import Row, labels, pick_device, table_of
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..datasets import open_samples
+from ..data.samples import open_samples
 from ..errors import InputError, ShapleyCamError
-from ..evaluation import Protocol, evaluate
-from ..methods import get_method
-from ..models import DEFAULT_MODEL, Classifier, load_classifier
-from ..paper import PRESETS, Preset, get_preset, load_preset
+from ..evaluate.paper import PRESETS, Preset, get_preset, load_preset
+from ..evaluate.run import Protocol, evaluate
+from ..methods.table import get_method
+from ..model.zoo import DEFAULT_MODEL, Classifier, load_classifier
 from .explain import pick_device
 from .report import Section, print_report, write_report
 

@@ -16,10 +16,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from ..data.images import read_image, to_picture
 from ..errors import InputError, TargetError
 from ..explainer import Explainer
-from ..images import read_image, to_picture
-from ..models import DEFAULT_MODEL, Classifier, load_classifier, need
+from ..model.zoo import DEFAULT_MODEL, Classifier, load_classifier
+from ..optional import need
 
 if TYPE_CHECKING:
     from ..explanation import Explanation

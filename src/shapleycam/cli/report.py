@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__
+from .._version import __version__
 from ..errors import InputError
-from ..evaluation import Outcome, Protocol, write_whole
-from ..methods import METHODS
-from ..models import Classifier, need
-from ..paper import COLUMNS, Preset, paper_accuracy, paper_row
+from ..evaluate.paper import COLUMNS, Preset, paper_accuracy, paper_row
+from ..evaluate.run import Outcome, Protocol, write_whole
+from ..methods.table import METHODS
+from ..model.zoo import Classifier
+from ..optional import need
 
 _ARROWS = {"AD": "↓", "Coh": "↑", "Com": "↓", "ADCC": "↑", "IC": "↑", "ADD": "↑"}
 

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..derivatives import Terms
+from ..derivatives.engines import Terms
 from ..errors import InputError, LayerError, TargetError
 from ..explanation import Explanation
-from ..layouts import ReshapeTransform
-from ..methods import Method
-from ..perturbation import ABLATION_FLOOR
+from ..methods.perturbation import ABLATION_FLOOR
+from ..methods.table import Method
+from ..model.layouts import ReshapeTransform
 from .engine import Engine, PerImage, Target
 from .utils.model_targets import utility_of
 
@@ -298,8 +298,8 @@ class AblationCAM(BaseCAM):
     """AblationCAM as pytorch-grad-cam computes it, which is not the paper's wherever an activation is negative.
 
     It fills an ablated channel with a number far below the smallest activation, see
-    :data:`shapleycam.perturbation.ABLATION_FLOOR`; that of its default batch size of 32. For zeros, as in the paper, use
-    ``Explainer(method="ablationcam")``.
+    :data:`shapleycam.methods.perturbation.ABLATION_FLOOR`; that of its default batch size of 32. For zeros, as in the paper,
+    use ``Explainer(method="ablationcam")``.
 
     Args:
         ablation_layer: taken for compatibility; the layout says where the channels are.

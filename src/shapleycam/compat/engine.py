@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..capture import logits_of
-from ..derivatives import Derived, Terms
+from ..derivatives.engines import Derived, Terms
 from ..errors import InputError, TargetError
 from ..explainer import Explainer
-from ..methods import Method
-from ..perturbation import check_chunk
+from ..methods.perturbation import check_chunk
+from ..methods.table import Method
 from ..plan import Plan
+from ..utilities.outputs import logits_of
 
 Target = Callable[[Any], Tensor]
 

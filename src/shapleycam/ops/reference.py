@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utilities import UTILITIES, Coefficients
+from .coefficients import COEFFICIENTS, Coefficients
 
 EPS_DISPLAY = 1e-7  # of the min-max in the display form
 EPS_ACTIVATION = 1e-7  # of the rows "activation" (XGradCAM, ShapleyCAM-X)
@@ -61,8 +61,7 @@ def utility_rows(logits: Tensor, targets: Tensor, bias: Tensor | None, utility: 
     classes = z.shape[1]
     known = (targets >= 0) & (targets < classes)
     safe = targets.clamp(0, classes - 1)
-    row = UTILITIES[utility]
-    assert row.gradient is not None and row.curvature is not None
+    row = COEFFICIENTS[utility]
     unit = torch.zeros((*targets.shape, classes), dtype=wide, device=z.device).scatter_(2, safe[:, :, None], 1.0)
     if row.curved:
         p = z.softmax(1)

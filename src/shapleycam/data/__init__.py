@@ -1,0 +1,1 @@
+"""Images and data sets, read and decoded; no models in here."""

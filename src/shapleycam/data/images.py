@@ -1,0 +1,151 @@
+"""From an image file to the tensor a network takes, and to the crop it saw.
+
+Everything here needs Pillow (``pip install 'shapleycam[cli]'``) and neither numpy nor torchvision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None) -> Image:
+    """Decode a file as an upright 8-bit RGB picture.
+
+    The EXIF orientation is applied. Transparency is laid over white. 16-bit greyscale is scaled by 1/257, where
+    Pillow's own conversion would saturate; CMYK, palette and 8-bit greyscale are converted. Of an animation the first
+    frame is taken.
+
+    Args:
+        path: any format Pillow reads; or an open file.
+        name: what errors call the picture; the path by default.
+
+    Returns:
+        A Pillow image in mode "RGB".
+
+    Raises:
+        InputError: the file is missing, unreadable, truncated, not an image, or holds 32-bit samples, which have no
+            defined white point.
+        ImportError: Pillow is not installed.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = str(path) if name is None else name
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+        return _rgb(upright)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is not an image in a format that Pillow reads.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder: name the files in it, for example {path}/*.jpg.") from error
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise InputError(f"{name} cannot be read: {reason}.") from error
+    except Exception as error:
+        # Pillow's decoders let through whatever a damaged file provokes in them (SyntaxError, struct.error, …).
+        raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}.") from error
+
+
+def _rgb(picture: Image) -> Image:
+    from PIL import Image
+
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", None)):
+        # 65535 is white; adding a half rounds to the nearest level where convert("L") truncates.
+        wide = picture.convert("I")
+        return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise InputError(
+            f"The image has 32-bit samples (Pillow mode {picture.mode!r}), which have no defined white point: save it "
+            "with 8 or 16 bits."
+        )
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        coloured = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
+    return picture.convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """How a network wants its pictures.
+
+    Attributes:
+        crop: (height, width) of the input, in pixels.
+        resize: (height, width) to resize to without keeping the aspect ratio; or the length the shorter side gets.
+        interpolation: one of :data:`INTERPOLATIONS`; with antialiasing, as Pillow does it.
+        mean, std: per channel, of pixels in [0, 1].
+    """
+
+    crop: tuple[int, int] = (224, 224)
+    resize: int | tuple[int, int] = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def view(self, picture: Image) -> Tensor:
+        """The crop that the network sees: uint8 [3, H, W] on the CPU, from an RGB picture of any size.
+
+        Raises:
+            InputError: the resized picture would be smaller than the crop, or its aspect ratio is above 1000.
+        """
+        from PIL import Image
+
+        width, height = picture.size
+        if isinstance(self.resize, int):
+            short, long = sorted((width, height))
+            if long > 1000 * short:
+                raise InputError(f"The picture is {width} × {height}: one side is more than 1000 times the other.")
+            other = int(self.resize * long / short)  # truncated, as torchvision does
+            size = (self.resize, other) if width <= height else (other, self.resize)
+        else:
+            size = (self.resize[1], self.resize[0])
+        if size[0] < self.crop[1] or size[1] < self.crop[0]:
+            raise InputError(f"A resize to {size[0]} × {size[1]} is smaller than the crop of {self.crop[1]} × {self.crop[0]}.")
+        resized = picture.resize(size, Image.Resampling[self.interpolation.upper()])
+        left, top = round((size[0] - self.crop[1]) / 2), round((size[1] - self.crop[0]) / 2)
+        return to_tensor(resized.crop((left, top, left + self.crop[1], top + self.crop[0])))
+
+    def normalise(self, views: Tensor) -> Tensor:
+        """uint8 [..., 3, H, W] to float32 of the same shape, on the same device, as the network takes it."""
+        mean = torch.tensor(self.mean, device=views.device)[:, None, None]
+        std = torch.tensor(self.std, device=views.device)[:, None, None]
+        return (views.float() / 255 - mean) / std
+
+    def __str__(self) -> str:
+        side = self.resize if isinstance(self.resize, int) else f"{self.resize[1]} × {self.resize[0]}"
+        return f"{self.interpolation} resize to {side}, centre crop {self.crop[1]} × {self.crop[0]}"
+
+
+def to_tensor(picture: Image) -> Tensor:
+    """An RGB picture as uint8 [3, H, W]."""
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+
+
+def to_picture(pixels: Tensor) -> Image:
+    """uint8 [H, W, 3] on any device as an RGB picture.
+
+    Raises:
+        InputError: another shape or dtype.
+    """
+    from PIL import Image
+
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != torch.uint8:
+        raise InputError(f"Expected uint8 [H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}.")
+    buffer = bytearray(pixels.numel())
+    torch.frombuffer(buffer, dtype=torch.uint8).copy_(pixels.reshape(-1))
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(buffer))

@@ -1,0 +1,183 @@
+"""The trunk without gradients, the head with them: hooks that live for one forward pass.
+
+A forward hook on the target layer takes its output ``A`` out of the running forward pass and puts something back: the
+same values (closed form), a leaf that requires gradients (autograd engines), or other activations (probes, baselines).
+Hooks act for the thread that set them only, so one model can be explained by several threads at once, and they are
+removed when the block is left, whatever happened in it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import LayerError, ModelStateError
+from .double_backward import TwiceDifferentiable
+
+Replace = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Site:
+    """One target layer during one forward pass."""
+
+    name: str
+    module: nn.Module
+    #: the layer's output in the layer's own layout: a leaf, or a node of the head's graph, where gradients are on
+    activations: Tensor | None = None
+    version: int = 0
+
+    @property
+    def mutated(self) -> bool:
+        """Whether an operator behind the layer wrote into its output (an in-place ReLU, say)."""
+        return self.activations is not None and self.activations._version != self.version
+
+
+class Capture(AbstractContextManager["Capture"]):
+    """Runs the model once with its target layers captured.
+
+    Args:
+        model: the user's model.
+        layers: (name, module) of the target layers.
+        gradients: turn gradients on behind the first target layer reached.
+        copy: hand the head a copy, so that what writes in place behind the layer is harmless.
+        replace: ``(layer index, activations) -> activations`` the head goes on with; default the same values.
+        linear: a module whose input, output and weight are wanted too (the classifier of a closed form).
+        dual: the head's input carries itself as a forward-mode tangent (needs an open dual level, one target layer).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[tuple[str, nn.Module]],
+        *,
+        gradients: bool,
+        copy: bool = True,
+        replace: Replace | None = None,
+        linear: nn.Module | None = None,
+        dual: bool = False,
+    ) -> None:
+        self.model = model
+        self.sites = [Site(name, module) for name, module in layers]
+        self.linear_calls: list[tuple[Tensor, Tensor]] = []
+        self._gradients, self._copy, self._replace, self._linear = gradients, copy, replace, linear
+        self._dual = dual
+        self._stack = ExitStack()
+        self._owner = 0
+
+    def __enter__(self) -> Capture:
+        self._owner = threading.get_ident()
+        with ExitStack() as stack:
+            # Restores the caller's grad mode on the way out, whatever the hook below turned on.
+            stack.enter_context(torch.no_grad())
+            for index, site in enumerate(self.sites):
+                self._hook(stack, site.module, self._make_site_hook(index, site))
+            if self._linear is not None:
+                self._hook(stack, self._linear, self._on_linear)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def run(self, images: Tensor) -> Any:
+        """The model's outputs; afterwards every site holds its layer's activations.
+
+        Raises:
+            LayerError: a target layer was reached twice, was not reached, or does not return a floating tensor.
+        """
+        outputs = self.model(images)
+        for site in self.sites:
+            if site.activations is None:
+                raise LayerError(
+                    f"Layer {site.name!r} was not reached in the forward pass. Choose a layer that the model runs for these "
+                    "images (a compiled or data-parallel model runs copies: pass the original module)."
+                )
+        return outputs
+
+    def _hook(self, stack: ExitStack, module: nn.Module, hook: Callable[..., Any]) -> None:
+        try:
+            handle: RemovableHandle = module.register_forward_hook(hook)
+        except RuntimeError as error:
+            raise ModelStateError(
+                f"{type(module).__name__} does not accept hooks ({error}). Pass the original module, not a scripted one."
+            ) from error
+        stack.callback(handle.remove)
+
+    def _make_site_hook(self, index: int, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if threading.get_ident() != self._owner:
+                return None
+            if site.activations is not None:
+                raise LayerError(
+                    f"Layer {site.name!r} was reached twice in one forward pass, so its map would be ambiguous. Choose a layer "
+                    "that runs once (for a module shared by several places, the block around one of them)."
+                )
+            found = tensor_of(output, site.name)
+            outer = torch.is_grad_enabled() and found.requires_grad  # an earlier target layer has turned gradients on
+            if self._gradients and not outer:
+                # Both end with the block. Entered here and not around the model, so that the trunk runs as it always does.
+                torch.set_grad_enabled(True)
+                self._stack.enter_context(TwiceDifferentiable())
+            given = self._replace(index, found) if self._replace is not None else found
+            if self._gradients and not outer:
+                given = given.detach().requires_grad_(True)
+            site.activations, site.version = given, given._version
+            if self._dual:
+                given = forward_ad.make_dual(given, given.detach())
+            if self._copy:
+                return replace_tensor(output, found, given.clone())
+            return None if given is found else replace_tensor(output, found, given)
+
+        return hook
+
+    def _on_linear(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == self._owner and args and all(site.activations is not None for site in self.sites):
+            self.linear_calls.append((args[0], output))
+
+
+def tensor_of(output: Any, name: str) -> Tensor:
+    """The one floating tensor of three or more dimensions in a layer's output (a tensor, or a tuple, list or mapping).
+
+    Raises:
+        LayerError: there is none, or more than one.
+    """
+    if isinstance(output, Tensor):
+        parts = [output]
+    elif isinstance(output, (tuple, list)):
+        parts = [part for part in output if isinstance(part, Tensor)]
+    elif isinstance(output, dict):
+        parts = [part for part in output.values() if isinstance(part, Tensor)]
+    else:
+        parts = []
+    spatial = [part for part in parts if part.is_floating_point() and part.ndim >= 3]
+    if len(spatial) != 1:
+        shapes = [tuple(part.shape) for part in parts]
+        raise LayerError(
+            f"Layer {name!r} must return one floating tensor with channels and positions (three dimensions or more); it "
+            f"returned {type(output).__name__} with tensors of shape {shapes}. Choose another layer."
+        )
+    return spatial[0]
+
+
+def replace_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
+    """``output`` with the tensor ``old`` replaced by ``new``, in the same kind of container."""
+    if output is old:
+        return new
+    if isinstance(output, dict):
+        copied = output.copy()
+        for key, part in output.items():
+            if part is old:
+                copied[key] = new
+        return copied
+    parts = [new if part is old else part for part in output]
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)

@@ -1,0 +1,141 @@
+"""Utilities: the scalar per image whose Shapley values are explained.
+
+A named utility's derivatives in the logits are three coefficients (:mod:`shapleycam.ops.coefficients`); a user's own callable
+has none, and is differentiated by autograd.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..ops.coefficients import COEFFICIENTS, Coefficients
+
+UtilityFunction = Callable[[Any, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Utility:
+    """One utility.
+
+    Attributes:
+        name: the key ("rest"), or the user's function's name.
+        formula: U, for people.
+        value: ``(outputs, targets [N]) -> [N]``, differentiable; a named utility takes the logits [N, K].
+        gradient: ``(p_c [N, M]) -> Coefficients`` of dU/dz; None for a user's own callable.
+        curvature: ``(p_c, v_c, s) -> Coefficients`` of (d²U/dz²)v; None for a user's own callable.
+        curved: False where d²U/dz² is known to vanish.
+    """
+
+    name: str
+    formula: str
+    value: UtilityFunction
+    gradient: Callable[[Tensor], Coefficients] | None = None
+    curvature: Callable[[Tensor, Tensor, Tensor], Coefficients] | None = None
+    curved: bool = True
+
+    @property
+    def named(self) -> bool:
+        """Whether this is one of the table's utilities, with a known gradient and curvature."""
+        return self.gradient is not None
+
+    def rows(self, rows: Tensor) -> Utility:
+        """This utility for other rows: entry i belongs to image ``rows[i]`` (int64 [B]) of the batch.
+
+        A callable that holds something per image (a mask, boxes) says so by a method ``rows(rows) -> callable``; every other
+        utility is the same for all rows.
+        """
+        select = getattr(self.value, "rows", None)
+        return self if select is None else replace(self, value=select(rows))
+
+
+def _wide(z: Tensor) -> Tensor:
+    # A softmax over a thousand half-precision logits loses the digits that the curvature lives in.
+    return z if z.dtype in (torch.float32, torch.float64) else z.float()
+
+
+def _pick(z: Tensor, targets: Tensor | None) -> Tensor:
+    assert targets is not None
+    return z.gather(1, targets[:, None]).squeeze(1)
+
+
+def _logit(z: Tensor, targets: Tensor | None) -> Tensor:
+    return _pick(_wide(z), targets)
+
+
+def _probability(z: Tensor, targets: Tensor | None) -> Tensor:
+    return _pick(_wide(z).softmax(1), targets)
+
+
+def _log_probability(z: Tensor, targets: Tensor | None) -> Tensor:
+    return _pick(_wide(z).log_softmax(1), targets)
+
+
+def _rest(z: Tensor, targets: Tensor | None) -> Tensor:
+    return _logit(z, targets) + _log_probability(z, targets)
+
+
+def _named(name: str, formula: str, value: UtilityFunction) -> Utility:
+    row = COEFFICIENTS[name]
+    return Utility(name, formula, value, row.gradient, row.curvature, row.curved)
+
+
+_ROWS = (
+    _named("logit", "z_c", _logit),
+    _named("probability", "p_c", _probability),
+    _named("log_probability", "ln p_c", _log_probability),
+    _named("rest", "z_c + ln p_c", _rest),
+)
+
+#: Every named utility; "rest" (residual softmax target-class utility, the paper's) is the default of the package.
+UTILITIES: Mapping[str, Utility] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def get_utility(utility: str | UtilityFunction | Utility) -> Utility:
+    """The named utility, or the user's own callable ``(outputs, targets [N]) -> [N]`` as a utility.
+
+    Raises:
+        InputError: unknown name (the nearest is suggested), or neither a name nor a callable.
+    """
+    if isinstance(utility, Utility):
+        return utility
+    if isinstance(utility, str):
+        row = UTILITIES.get(utility.lower())
+        if row is None:
+            near = difflib.get_close_matches(utility.lower(), UTILITIES, n=2, cutoff=0.4)
+            hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise InputError(f"Unknown utility {utility!r}. {hint}The utilities are: {', '.join(UTILITIES)}.")
+        return row
+    if callable(utility):
+        return Utility(getattr(utility, "__name__", type(utility).__name__), "the user's own", utility)
+    raise InputError(f"utility must be one of {', '.join(UTILITIES)} or a callable (outputs, targets) -> [N], got {utility!r}.")
+
+
+def evaluate(utility: Utility, outputs: Any, logits: Tensor | None, targets: Tensor | None, batch: int) -> Tensor:
+    """U per image [N] as a differentiable tensor; a user's callable is checked for what it returns.
+
+    Raises:
+        InputError: a named utility without logits, or a callable whose result is not a floating tensor [N].
+    """
+    if utility.named:
+        if logits is None or logits.ndim != 2:
+            what = type(outputs).__name__ if logits is None else f"a tensor of shape {tuple(logits.shape)}"
+            raise InputError(
+                f"Utility {utility.name!r} needs logits [N, K], but the model returned {what}. "
+                "Pass your own utility=(outputs, targets) -> [N] for such a model."
+            )
+        return utility.value(logits, targets)
+    value = utility.value(outputs, targets)
+    if not isinstance(value, Tensor) or value.shape != (batch,) or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            f"The utility {utility.name!r} must return one floating value per image, [{batch}]; it returned {got}."
+        )
+    return value

@@ -1,0 +1,69 @@
+"""What the README says is so: its code runs, its tables are those of the package, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from shapleycam import METHODS, UTILITIES, Explainer
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_there_are_examples():
+    assert len(BLOCKS) == 5
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 10
+
+
+@pytest.mark.parametrize("block", BLOCKS[:2], ids=["photo", "own"])
+def test_the_first_examples_run(tmp_path, monkeypatch, block):
+    for module in ("PIL", "torchvision", "efficientnet_lite_pytorch", "skimage"):
+        pytest.importorskip(module)
+    from PIL import Image
+
+    from shapleycam.cli.demo import photographs
+
+    monkeypatch.chdir(tmp_path)
+    with Image.open(photographs()[0]) as photo:
+        photo.convert("RGB").save("photo.jpg")
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    if "signed" in names:
+        assert names["heatmaps"].shape == (8, 224, 224)
+        assert names["signed"].shape == (8, 7, 7)
+        assert names["how"].engine == "closed_form"
+    else:
+        assert names["classifier"].class_name(int(names["explanation"].targets[0])) == "tiger cat"
+        assert Path("overlay.png").stat().st_size > 10_000
+        assert torch.isfinite(names["explanation"].heatmaps()).all()
+
+
+def test_the_other_examples_run():
+    """Those that go on from the one before, on small networks; the one of other tasks is in tests/utilities."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18().eval()
+    names: dict = {"torch": torch, "model": model, "images": torch.randn(2, 3, 64, 64), "explainer": Explainer(model)}
+    _, drop_in, game = BLOCKS[2:]
+    exec(compile(drop_in, "README.md", "exec"), names)
+    assert names["grayscale_cam"].shape == (2, 64, 64)
+    names["images"] = torch.randn(1, 3, 128, 128)  # a map of 4 x 4, as many as the cells
+    exec(compile(game, "README.md", "exec"), names)
+    assert names["oracle"].values.shape == (1, 16)
+
+
+def test_the_method_table_is_the_packages():
+    rows = re.findall(r"^\| `([^`]+)` \| (\S+) \| (.+) \|$", TEXT, re.MULTILINE)
+    listed = {name: (title, formula.replace("−", "-")) for name, title, formula in rows if name in METHODS}
+    assert listed == {row.name: (row.title, row.formula) for row in METHODS.values()}
+    for name in UTILITIES:
+        assert f"`{name}`" in TEXT
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target

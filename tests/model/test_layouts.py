@@ -1,0 +1,71 @@
+"""Which dimension holds the channels, and the view that every layout gives."""
+
+import pytest
+import torch
+from torch import nn
+
+from shapleycam import LayerError, Layout
+from shapleycam.model.layouts import resolve_layout
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "facts", "expected"),
+    [
+        ((2, 512, 7, 7), (2, 3, 224, 224), {}, Layout("NCHW", (7, 7))),
+        ((2, 7, 7, 768), (2, 3, 224, 224), {}, Layout("NHWC", (7, 7))),
+        ((2, 512, 7, 10), (2, 3, 224, 320), {}, Layout("NCHW", (7, 10))),
+        ((2, 7, 10, 768), (2, 3, 224, 320), {}, Layout("NHWC", (7, 10))),
+        ((2, 64, 1, 1), (2, 3, 32, 32), {"module": nn.Conv2d(3, 64, 1)}, Layout("NCHW", (1, 1))),
+        ((2, 197, 192), (2, 3, 224, 224), {"prefix": 1, "patch": (16, 16)}, Layout("NTC", (14, 14), 1)),
+        ((2, 201, 192), (2, 3, 224, 224), {"prefix": 5, "patch": (16, 16)}, Layout("NTC", (14, 14), 5)),
+        ((2, 198, 192), (2, 3, 224, 224), {"patch": (16, 16)}, Layout("NTC", (14, 14), 2)),
+        ((2, 281, 192), (2, 3, 224, 320), {"prefix": 1, "patch": (16, 16)}, Layout("NTC", (14, 20), 1)),
+        ((2, 197, 192), (2, 3, 224, 224), {}, Layout("NTC", (14, 14), 1)),
+        ((2, 32, 4, 8, 8), (2, 1, 32, 64, 64), {}, Layout("NCDHW", (4, 8, 8))),
+        ((2, 8, 8, 8), (2, 3, 64, 64), {"module": nn.Conv2d(3, 8, 1)}, Layout("NCHW", (8, 8))),
+        # strides that differ by dimension: the convolution's channel count decides
+        ((2, 24, 16, 4), (2, 1, 16, 256), {"module": nn.Conv2d(1, 24, 1)}, Layout("NCHW", (16, 4))),
+    ],
+)
+def test_auto(shape, image, facts, expected):
+    assert resolve_layout(shape, image, name="x", **facts) == expected
+
+
+def test_ambiguity_is_an_error_that_names_the_choices():
+    with pytest.raises(LayerError, match="layout=.*'NCHW', 'NHWC'"):
+        resolve_layout((2, 8, 8, 8), (2, 3, 64, 64), name="features")
+    with pytest.raises(LayerError, match="prefix"):
+        resolve_layout((2, 203, 64), (2, 3, 224, 224), name="features")
+    with pytest.raises(LayerError, match="no positions"):
+        resolve_layout((2, 8), (2, 3, 64, 64), name="fc")
+
+
+def test_wishes():
+    assert resolve_layout((2, 8, 8, 8), (2, 3, 64, 64), name="x", wanted="NHWC") == Layout("NHWC", (8, 8))
+    full = Layout("NTC", (4, 50), 3)
+    assert resolve_layout((2, 203, 64), (2, 3, 224, 224), name="x", wanted=full) is full
+    with pytest.raises(LayerError, match="200 positions"):
+        resolve_layout((2, 204, 64), (2, 3, 224, 224), name="x", wanted=full)
+    with pytest.raises(LayerError, match="needs 3 dimensions"):
+        resolve_layout((2, 8, 8, 8), (2, 3, 64, 64), name="x", wanted="NTC")
+    with pytest.raises(LayerError, match="Unknown layout"):
+        resolve_layout((2, 8, 8, 8), (2, 3, 64, 64), name="x", wanted="WHCN")
+
+
+@pytest.mark.parametrize("kind", ["NCHW", "channels_last", "NHWC", "NTC", "NCDHW"])
+def test_the_view_is_no_copy_and_holds_the_same_values(kind):
+    spatial = (2, 3, 4) if kind == "NCDHW" else (3, 4)
+    canonical = torch.arange(2 * 5 * torch.Size(spatial).numel(), dtype=torch.float32).reshape(2, 5, *spatial)
+    expected = canonical.flatten(2)
+    if kind == "NTC":
+        stored = torch.cat((torch.full((2, 1, 5), -1.0), expected.transpose(1, 2)), 1).contiguous()
+        layout = Layout("NTC", spatial, 1)
+    elif kind == "NHWC":
+        stored, layout = canonical.permute(0, 2, 3, 1).contiguous(), Layout("NHWC", spatial)
+    elif kind == "channels_last":
+        stored, layout = canonical.contiguous(memory_format=torch.channels_last), Layout("NCHW", spatial)
+    else:
+        stored, layout = canonical, Layout(kind, spatial)
+    view = layout.view(stored)
+    assert torch.equal(view, expected)
+    assert view.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
