@@ -27,6 +27,7 @@ from .methods.perturbation import Scene, ablation_weights, check_chunk, poison, 
 from .methods.table import PAPER_METHODS, Method, get_method
 from .model.layers import LayerSpec, check_stem, named_layers, token_facts
 from .model.layouts import Layout, ReshapeTransform
+from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Plan, Wishes, derive, make_plan, warn
 from .utilities.named import Utility, UtilityFunction, get_utility
 from .utilities.targets import as_targets, check_targets
@@ -61,7 +62,7 @@ class Explainer:
     Raises:
         InputError: unknown method, utility, engine or backend, or a chunk that is no positive number.
         LayerError: a named layer does not exist.
-        ModelStateError: ``model`` is not an ``nn.Module``, or is compiled.
+        ModelStateError: ``model`` is not an ``nn.Module``, or is compiled, scripted, traced or exported.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Explainer:
             raise ModelStateError(
                 "The model is compiled by torch.compile, whose graphs skip hooks. Pass the original module (model._orig_mod)."
             )
+        refuse_frozen(model)
         if engine not in ("auto", *ENGINES):
             raise InputError(f"Unknown engine {engine!r}: expected 'auto', {', '.join(map(repr, ENGINES))}.")
         self.model = model
@@ -92,7 +94,7 @@ class Explainer:
         self.engine, self.backend = engine, backend
         named = None if isinstance(layer, str) and layer == "auto" else tuple(named_layers(model, layer))
         self._wishes = Wishes(model, named, self.method, self.utility, engine, layout, token_facts(model), backend)
-        self._modal = tuple((name, module) for name, module in model.named_modules() if _depends_on_mode(module))
+        self._mode = ModeCheck(model)
         self._plans: dict[int, Plan] = {}  # by the order of the derivatives they were studied for
         self._lock = threading.RLock()
         self._seed = seed
@@ -186,7 +188,7 @@ class Explainer:
             plan = self._plans.get(wishes.method.order)
             if plan is None:
                 self._check(images, None)
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), explained_by_state(self.model):
                     plan = self._plans[wishes.method.order] = make_plan(wishes, images[:2].detach().clone())
             return plan
 
@@ -199,7 +201,7 @@ class Explainer:
         wishes = replace(self._wishes, method=max(methods, key=lambda method: method.order))
         # First-order methods read g and norms are those of g and HA; other maps and the gap need their combination only.
         combined = not with_norms and not {1, 2} <= orders
-        with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
+        with torch.inference_mode(False), explained_by_state(self.model):  # tensors of that mode cannot be saved for a backward
             request = partial(wishes.request, images=images, targets=targets, baseline=with_gap, combined=combined)
             plan = self._plans.get(wishes.method.order) or self._study(wishes, images)
             try:
@@ -334,21 +336,7 @@ class Explainer:
         if plan is not None and plan.stem is not None:
             check_stem(plan.stem, images)
         check_targets(targets, images.shape[0], plan.classes if plan is not None else None)
-        training = [name or type(module).__name__ for name, module in self._modal if module.training]
-        if training:
-            raise ModelStateError(
-                f"The model is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}): batch norm "
-                "and dropout would make the maps wrong. Call model.eval() first; the explainer leaves the mode to you."
-            )
-
-
-def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether training mode may change what a module computes; a module that is not torch's own may do anything."""
-    if not type(module).__module__.startswith("torch.nn.modules"):
-        return True
-    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase)) or (
-        isinstance(module, nn.MultiheadAttention) and module.dropout > 0
-    )
+        self._mode.check()
 
 
 def _norm_ratio(terms: Sequence[Terms]) -> Tensor:
