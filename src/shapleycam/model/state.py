@@ -166,8 +166,8 @@ def _quantized(model: nn.Module) -> str | None:
     if not names:
         return None
     return (
-        f"The model has quantised layers ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}), through which PyTorch takes "
-        "no derivatives. Explain the floating-point model, or use a method without: method='ablationcam' with a layer by name."
+        f"The model has quantised layers ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}), through which PyTorch "
+        "takes no derivatives. Explain the floating-point model, or use a method without any: method='ablationcam', layer by name."
     )
 
 
