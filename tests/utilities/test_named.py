@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shapleycam import UTILITIES, InputError, Utility
-from shapleycam.utilities.tasks import SegmentationScore
 from shapleycam.utilities import evaluate, get_utility
+from shapleycam.utilities.tasks import SegmentationScore
 
 
 @pytest.mark.parametrize("name", UTILITIES)

@@ -167,7 +167,7 @@ def _quantized(model: nn.Module) -> str | None:
         return None
     return (
         f"The model has quantised layers ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}), through which PyTorch "
-        "takes no derivatives. Explain the floating-point model, or use a method without any: method='ablationcam', layer by name."
+        "takes no derivatives. Explain the floating-point model, or use method='ablationcam' and name a layer."
     )
 
 

@@ -50,8 +50,8 @@ class Utility:
         if (self.gradient is None) != (self.curvature is None):
             there, missing = ("curvature", "gradient") if self.gradient is None else ("gradient", "curvature")
             raise InputError(
-                f"Utility {self.name!r} has a {there} but no {missing}: give both, in the form of shapleycam.UTILITIES, or neither "
-                "(then autograd differentiates its value)."
+                f"Utility {self.name!r} has a {there} but no {missing}: give both, in the form of shapleycam.UTILITIES, "
+                "or neither (then autograd differentiates its value)."
             )
         if self.gradient is not None:
             _check_callable(self.gradient, f"The gradient of utility {self.name!r}", "(p_c)")
