@@ -23,6 +23,7 @@ from ..errors import InputError, LayerError, ModelStateError
 from ..utilities.named import Utility, evaluate
 from ..utilities.outputs import logits_of
 from .double_backward import TwiceDifferentiable
+from .inputs import Inputs
 from .layouts import PREFIXES, Layout, ReshapeTransform, resolve_layout
 
 LayerSpec = str | nn.Module
@@ -33,7 +34,6 @@ _PASSIVE = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AvgPoolNd,
 )
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(slots=True)
@@ -64,13 +64,14 @@ class Survey:
     stem: nn.modules.conv._ConvNd | None = None
 
 
-def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
+def survey(model: nn.Module, images: Tensor, gradients: bool, run: Inputs | None = None) -> Survey:
     """Run ``model`` once with every module watched.
 
     Args:
         model: the user's model; its hooks are as before when this returns or raises.
         images: a small batch.
         gradients: keep the graph, so that ``find_layer`` can ask which layers every position of which matters.
+        run: the images with what the model takes besides.
 
     Raises:
         InputError: the images do not have the rank, channels, dtype or device that the first convolution needs.
@@ -115,7 +116,7 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
                 f"{type(model).__name__} has a part that does not accept hooks ({error}). Pass the original model, "
                 "not a scripted one."
             ) from error
-        found.outputs = model(watched)
+        found.outputs = (run or Inputs(images)).with_images(watched).run(model)
     found.logits = logits_of(found.outputs)
     return found
 
@@ -328,44 +329,3 @@ def _positions_that_matter(seen: Survey, utility: Utility, candidates: Sequence[
         0.0 if gradient is None else (layout.view(gradient) != 0).any(1).float().mean().item()
         for (_, layout), gradient in zip(candidates, gradients, strict=True)
     ]
-
-
-def final_linear(seen: Survey, layers: Sequence[tuple[str, nn.Module]]) -> tuple[nn.Linear | None, str]:
-    """The linear layer whose output is the logits and which runs once, behind the target layer; or None and the reason."""
-    if seen.logits is None or seen.logits.ndim != 2:
-        return None, "the model does not return logits [N, K]"
-    done = [i for i, r in enumerate(seen.records) if any(r.module is module for _, module in layers)]
-    for i, record in enumerate(seen.records):
-        if isinstance(record.module, nn.Linear) and same_tensor(record.output, seen.logits):
-            if not done or i < max(done):
-                return None, f"the classifier {record.name!r} does not run behind the target layer"
-            if sum(r.module is record.module for r in seen.records) > 1:
-                return None, f"the classifier {record.name!r} runs more than once"
-            if record.input is None or record.input.ndim != 2:
-                return None, f"the classifier {record.name!r} does not read one vector per image"
-            return record.module, record.name
-    return None, "the logits are not the output of a linear layer"
-
-
-def same_tensor(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same memory in the same shape."""
-    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
-
-
-def affine_error(linear: nn.Linear, view: Tensor, logits: Tensor) -> float:
-    """Relative error of ``W·mean_s(A) + b`` as a prediction of the logits, in float64."""
-    mean = view.detach().double().mean(2)
-    if mean.shape[1] != linear.in_features:
-        return float("inf")
-    predicted = mean @ linear.weight.detach().double().T
-    actual = logits.detach().double()
-    if linear.bias is not None:
-        actual = actual - linear.bias.detach().double()
-    if actual.shape != predicted.shape:
-        return float("inf")
-    return float((actual - predicted).norm() / predicted.norm().clamp_min(1e-300))
-
-
-def affine_tolerance(dtype: torch.dtype) -> float:
-    """The relative error up to which a head counts as pool-and-linear; float32 leaves room for TF32 products."""
-    return _TOLERANCE.get(dtype, 1e-3)
