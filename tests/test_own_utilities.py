@@ -46,7 +46,6 @@ T = torch.tensor([1, 4, 0])
 OWN = {
     "rest, replaced": replace(UTILITIES["rest"], value=square, gradient=square_gradient, curvature=square_curvature),
     "own coefficients": Utility("mine", "p_c²", square, square_gradient, square_curvature),
-    "without curvature": Utility("mine", "p_c²", square, square_gradient),
     "value alone": Utility("mine", "p_c²", square),
     "callable": square,
 }

@@ -30,7 +30,7 @@ from .model.inputs import Inputs, as_inputs
 from .model.layers import LayerSpec, check_stem
 from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
-from .model.tree import ModuleTree
+from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
 from .utilities.named import Utility, UtilityFunction, get_utility
 from .utilities.targets import as_targets, check_targets
@@ -68,7 +68,7 @@ class Explainer:
     Raises:
         InputError: unknown method, utility, engine or backend, or a chunk that is no positive number.
         LayerError: a named layer does not exist.
-        ModelStateError: ``model`` is not an ``nn.Module``, or is compiled.
+        ModelStateError: ``model`` is not an ``nn.Module``, or is compiled, scripted, traced or exported.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Explainer:
             raise ModelStateError(
                 "The model is compiled by torch.compile, whose graphs skip hooks. Pass the original module (model._orig_mod)."
             )
+        refuse_frozen(model)
         if engine not in ("auto", *ENGINES):
             raise InputError(f"Unknown engine {engine!r}: expected 'auto', {', '.join(map(repr, ENGINES))}.")
         if backend not in ("auto", *ops.ORDER):
@@ -111,7 +112,7 @@ class Explainer:
         self._start()
 
     def _start(self) -> None:
-        self._tree = ModuleTree(self.model)
+        self._mode = ModeCheck(self.model)
         self._facts: Facts | None = None
         self._plans: dict[int, Plan] = {}  # by the order of the derivatives
         self._lock = threading.RLock()
@@ -119,7 +120,7 @@ class Explainer:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: all but what was learned about the model, which it learns again."""
-        learned = ("_tree", "_facts", "_plans", "_lock", "_generator")
+        learned = ("_mode", "_facts", "_plans", "_lock", "_generator")
         return {name: value for name, value in self.__dict__.items() if name not in learned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -218,7 +219,7 @@ class Explainer:
         orders = {method.order for method in methods}
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
-        with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
+        with torch.inference_mode(False), explained_by_state(self.model):  # its tensors cannot be saved for a backward
             self._check(inputs, targets)
             plan, found = self._derive(inputs, targets, max(orders), wanted)
             with torch.no_grad():
@@ -226,20 +227,17 @@ class Explainer:
                 return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
 
     def _check(self, inputs: Inputs, targets: Any) -> None:
-        if self._tree.changed:
-            with self._lock:
-                self._forget()
-                self._tree = ModuleTree(self.model)
+        try:
+            changed = self._mode.check()
+        except ModelStateError:
+            self._forget()  # the check sees a change once
+            raise
+        if changed:
+            self._forget()
         if self._facts is not None and self._facts.stem is not None:
             check_stem(self._facts.stem, inputs.images)
         # Whether they are in range, the engine sees by the logits: a classifier may have been replaced.
         check_targets(targets, inputs.images.shape[0], None)
-        training = self._tree.training
-        if training:
-            raise ModelStateError(
-                f"The model is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}): batch norm "
-                "and dropout would make the maps wrong. Call model.eval() first; the explainer leaves the mode to you."
-            )
 
     def _derive(self, inputs: Inputs, targets: Any, order: int, wanted: dict[str, bool]) -> tuple[Plan, Derivatives]:
         """The plan and what its engine finds. A model that is not what was learned about it is studied again.
@@ -344,7 +342,7 @@ class Explainer:
         """
         inputs = self.inputs(images, args, kwargs)
         targets = as_targets(targets)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), explained_by_state(self.model):
             self._check(inputs, targets)
             plan = self._plans.get(self.method.order)
             if plan is None:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .derivatives import ENGINES, Derivatives, Request, activations_only
-from .derivatives.autograd import explain
-from .derivatives.closed_form import by_autograd, in_table, logit_derivatives
+from .derivatives.closed_form import by_autograd, logit_derivatives
 from .errors import DerivativeError, InputError, ModelStateError, ShapleyCamError, ShapleyCamWarning
 from .methods.table import Method
 from .model.capture import Capture
@@ -26,7 +25,7 @@ from .model.layers import find_layer, named_layers, survey, token_facts
 from .model.layouts import Layout, ReshapeTransform, resolve_layout
 from .model.pooled_linear import PooledLinear, find, verify
 from .utilities.named import Utility
-from .utilities.targets import place_targets
+from .utilities.targets import check_targets, place_targets
 
 #: How many layouts are remembered; images of ever new sizes must not fill the memory.
 _MOST_LAYOUTS = 256
@@ -57,6 +56,7 @@ class Facts:
         head: in words, what the head is and how that is known.
         writes: an operator behind a target layer writes into its output, so the head gets a copy.
         stem: the convolution that reads the images directly, if there is one; images are checked against it.
+        classes: number of logits, if the model returned logits [N, K].
         tokens: number of prefix tokens and patch size, as the model declares them.
         layout: how the user said the layers' outputs are to be read.
     """
@@ -66,6 +66,7 @@ class Facts:
     head: str
     writes: bool
     stem: nn.modules.conv._ConvNd | None
+    classes: int | None
     tokens: tuple[int | None, tuple[int, ...] | None]
     layout: str | Layout | ReshapeTransform
     _layouts: dict[Any, Layout] = field(default_factory=dict, repr=False, compare=False)
@@ -159,7 +160,9 @@ def study(
         some = None if placed is None else placed[:count]
         # A utility that holds something per image holds it for the whole batch; these are its first images.
         asked = replace(settings, utility=settings.utility.rows(index))
-        return choose(asked, facts or learn(asked, few, some, without), few, some, order)
+        known = facts or learn(asked, few, some, without)
+        check_targets(targets, inputs.images.shape[0], known.classes)  # all of them: no message is to quote two images
+        return choose(asked, known, few, some, order)
 
     batch = inputs.images.shape[0]
     try:
@@ -184,14 +187,11 @@ def learn(settings: Settings, inputs: Inputs, targets: Tensor | None, without: s
         value, wanted = utility.value, targets[:, 0]
         utility = replace(utility, value=lambda outputs, _: value(outputs, wanted))
     named = None if settings.layers is None else tuple(named_layers(model, settings.layers))
-    try:
-        seen = survey(model, inputs.images, gradients=named is None, run=inputs)
-    except RuntimeError as error:
-        explain(error, "")
-        raise
+    seen = survey(model, inputs.images, gradients=named is None, run=inputs)
     layers = named or (find_layer(model, seen, inputs.images.shape, utility, settings.layout),)
     linear, reason = find(seen, layers) if without is None else (None, without)
-    facts = Facts(layers, None, reason, False, seen.stem, token_facts(model), settings.layout)
+    classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
+    facts = Facts(layers, None, reason, False, seen.stem, classes, token_facts(model), settings.layout)
     del seen
     if linear is not None:
         try:
@@ -261,7 +261,7 @@ def _check_whole(model: nn.Module) -> None:
 
 def _check_coefficients(utility: Utility) -> None:
     """Raise InputError where a user's own coefficients are not the derivatives of the utility's value."""
-    if utility.gradient is None or in_table(utility):
+    if utility.gradient is None or utility.fused:
         return
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 7, generator=generator, dtype=torch.float64)

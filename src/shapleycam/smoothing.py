@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .explainer import Explainer
 from .explanation import Explanation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Smoothed(Explanation):
     """An explanation whose heatmaps are the mean of several views' heatmaps.
 
@@ -38,6 +38,11 @@ class Smoothed(Explanation):
     def finite(self) -> Tensor:
         """Bool [N] on the device: whether all views' maps hold neither NaN nor Inf."""
         return torch.stack([view.finite for view, _ in self.views]).all(0)
+
+    def _each(self, change: Callable[[Tensor], Tensor], outputs: Any, view: Callable[[Explanation], Explanation]) -> Self:
+        # Not super(): dataclass makes the class anew to give it slots.
+        same = Explanation._each(self, change, outputs, view)
+        return replace(same, views=tuple((view(one), mirrored) for one, mirrored in self.views))
 
 
 def smoothed(

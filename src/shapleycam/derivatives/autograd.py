@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..errors import DerivativeError, ModelStateError, ShapleyCamError
+from ..errors import DerivativeError, ShapleyCamError
 from ..model.capture import Capture, checkpointing
 from ..model.pooled_linear import Outdated
 from .terms import Derivatives, Request
@@ -137,11 +137,6 @@ def explain(error: RuntimeError, engine: str, writes: bool = True) -> None:
     first = text.splitlines()[0] if text else ""
     if "leaf Variable that requires grad" in text and "in-place" in text and not writes:
         raise Outdated("an operator writes into the target layer's output") from error
-    if "nference tensor" in text:
-        raise ModelStateError(
-            f"The model holds tensors made under torch.inference_mode, which cannot be differentiated: {first} Create or load "
-            "the model outside of it."
-        ) from error
     signs = ("not implemented", "does not support", "not supported", "double backward", "forward AD", "forward mode AD")
     if any(sign in text for sign in signs):
         raise DerivativeError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..model.pooled_linear import Outdated
-from ..utilities.named import UTILITIES, Utility, evaluate
+from ..utilities.named import Utility, evaluate
 from ..utilities.outputs import logits_of
 from .autograd import differentiate
 from .terms import Derivatives, Request
@@ -45,7 +45,7 @@ def _fill(request: Request, found: Derivatives) -> None:
     assert request.head is not None and found.logits is not None and found.targets is not None
     [term], linear, utility = found.terms, request.head.linear, request.utility
     scale = 1 / max(term.activations.shape[2], 1)
-    if request.weights_only and in_table(utility):
+    if request.weights_only and utility.fused:
         weights = ops.utility_rows(
             found.logits,
             found.targets,
@@ -66,11 +66,6 @@ def _fill(request: Request, found: Derivatives) -> None:
     term.hvps = [None if hvp is None else hvp[:, m, :, None] for m in range(gradient.shape[1])]
 
 
-def in_table(utility: Utility) -> bool:
-    """Whether this is a row of the package's own table, whose derivatives the fused operator knows by name."""
-    return UTILITIES.get(utility.name) == utility
-
-
 def logit_derivatives(utility: Utility, z: Tensor, z0: Tensor, targets: Tensor, order: int) -> tuple[Tensor, Tensor | None]:
     """``dU/dz`` and ``(d²U/dz²) z₀``, [N, M, K]; the second is None at order 1, or where it is structurally zero.
 
@@ -82,7 +77,7 @@ def logit_derivatives(utility: Utility, z: Tensor, z0: Tensor, targets: Tensor, 
         targets: int64 [N, M].
         order: 1 or 2.
     """
-    if utility.gradient is None or (utility.curved and utility.curvature is None and order > 1):
+    if utility.gradient is None:
         return by_autograd(utility, z, z0, targets, order)
     p = z.softmax(1)
     p_c = p.gather(1, targets)

@@ -321,11 +321,14 @@ def _positions_that_matter(seen: Survey, utility: Utility, candidates: Sequence[
     targets = seen.logits.detach().argmax(1) if seen.logits is not None and seen.logits.ndim == 2 else None
     with torch.enable_grad():
         value = evaluate(utility, seen.outputs, seen.logits, targets, batch)
-        if not value.requires_grad:
+        if not value.requires_grad or not any(r.output.requires_grad for r, _ in candidates):
             return [0.0] * len(candidates)
-        outputs = [r.output for r, _ in candidates]
+        # A constant map, a position embedding say, has no gradient to ask for.
+        live = [i for i, (r, _) in enumerate(candidates) if r.output.requires_grad]
+        outputs = [candidates[i][0].output for i in live]
         gradients = torch.autograd.grad(value.sum(), outputs, allow_unused=True, retain_graph=True)  # for another question
-    return [
-        0.0 if gradient is None else (layout.view(gradient) != 0).any(1).float().mean().item()
-        for (_, layout), gradient in zip(candidates, gradients, strict=True)
-    ]
+    shares = [0.0] * len(candidates)
+    for i, gradient in zip(live, gradients, strict=True):
+        if gradient is not None:
+            shares[i] = (candidates[i][1].view(gradient) != 0).any(1).float().mean().item()
+    return shares

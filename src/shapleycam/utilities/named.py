@@ -7,6 +7,7 @@ has none, and is differentiated by autograd.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -28,10 +29,13 @@ class Utility:
     Attributes:
         name: the key ("rest"), or the user's function's name.
         formula: U, for people.
-        value: ``(outputs, targets [N]) -> [N]``, differentiable; a named utility takes the logits [N, K].
+        value: ``(outputs, targets [N]) -> [N]``, differentiable; a utility with coefficients takes the logits [N, K].
         gradient: ``(p_c [N, M]) -> Coefficients`` of dU/dz; None for a user's own callable.
         curvature: ``(p_c, v_c, s) -> Coefficients`` of (d²U/dz²)v; None for a user's own callable.
         curved: False where d²U/dz² is known to vanish.
+
+    Raises:
+        InputError: a gradient without a curvature or the reverse, or one of the three is no callable of that many arguments.
     """
 
     name: str
@@ -41,10 +45,30 @@ class Utility:
     curvature: Callable[[Tensor, Tensor, Tensor], Coefficients] | None = None
     curved: bool = True
 
+    def __post_init__(self) -> None:
+        _check_callable(self.value, f"The value of utility {self.name!r}", "(outputs, targets)")
+        if (self.gradient is None) != (self.curvature is None):
+            there, missing = ("curvature", "gradient") if self.gradient is None else ("gradient", "curvature")
+            raise InputError(
+                f"Utility {self.name!r} has a {there} but no {missing}: give both, in the form of shapleycam.UTILITIES, "
+                "or neither (then autograd differentiates its value)."
+            )
+        if self.gradient is not None:
+            _check_callable(self.gradient, f"The gradient of utility {self.name!r}", "(p_c)")
+            _check_callable(self.curvature, f"The curvature of utility {self.name!r}", "(p_c, v_c, s)")
+
     @property
     def named(self) -> bool:
-        """Whether this is one of the table's utilities, with a known gradient and curvature."""
+        """Whether gradient and curvature in the logits are known: the table's utilities, and a user's own that gives both."""
         return self.gradient is not None
+
+    @property
+    def fused(self) -> bool:
+        """Whether these are the very functions of the table's row of this name, which the operators' kernels compute."""
+        row = UTILITIES.get(self.name)
+        return row is not None and all(
+            getattr(self, part) is getattr(row, part) for part in ("value", "gradient", "curvature", "curved")
+        )
 
     def rows(self, rows: Tensor) -> Utility:
         """This utility for other rows: entry i belongs to image ``rows[i]`` (int64 [B]) of the batch.
@@ -54,6 +78,22 @@ class Utility:
         """
         select = getattr(self.value, "rows", None)
         return self if select is None else replace(self, value=select(rows))
+
+
+def _check_callable(function: Any, what: str, form: str) -> None:
+    """Raise InputError unless ``function`` can be called in this form, as far as its signature says."""
+    if not callable(function):
+        raise InputError(f"{what} must be a callable {form}, got {type(function).__name__}.")
+    if isinstance(function, type):
+        raise InputError(f"{what} is the class {function.__name__}: pass an instance, {function.__name__}(...).")
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
+    except (TypeError, ValueError):
+        return  # a builtin without one
+    try:
+        signature.bind(*form.strip("()").split(", "))
+    except TypeError as error:
+        raise InputError(f"{what} must take {form}, but it is called as {signature}: {error}.") from error
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -102,7 +142,8 @@ def get_utility(utility: str | UtilityFunction | Utility) -> Utility:
     """The named utility, or the user's own callable ``(outputs, targets [N]) -> [N]`` as a utility.
 
     Raises:
-        InputError: unknown name (the nearest is suggested), or neither a name nor a callable.
+        InputError: unknown name (the nearest is suggested), neither a name nor a callable, a class instead of an instance, or
+            a callable that does not take (outputs, targets).
     """
     if isinstance(utility, Utility):
         return utility
@@ -113,6 +154,10 @@ def get_utility(utility: str | UtilityFunction | Utility) -> Utility:
             hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise InputError(f"Unknown utility {utility!r}. {hint}The utilities are: {', '.join(UTILITIES)}.")
         return row
+    if isinstance(utility, type):
+        raise InputError(
+            f"utility is the class {utility.__name__}: pass a name, an instance, or a callable (outputs, targets) -> [N]."
+        )
     if callable(utility):
         return Utility(getattr(utility, "__name__", type(utility).__name__), "the user's own", utility)
     raise InputError(f"utility must be one of {', '.join(UTILITIES)} or a callable (outputs, targets) -> [N], got {utility!r}.")
