@@ -296,7 +296,7 @@ class Explainer:
                 backend=served,
                 layers=tuple(name for name, _ in plan.layers),
                 layouts=tuple(term.layout for term in found.terms),
-                notes=plan.notes if method.order == 2 else (),  # they speak of the Hessian term
+                notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ())),
             ),
             hvp_ratio=pick(found.norm_ratio() if with_norms else None),
             gap=pick(found.gap(method.order) if with_gap else None),

@@ -59,6 +59,7 @@ class Facts:
         classes: number of logits, if the model returned logits [N, K].
         tokens: number of prefix tokens and patch size, as the model declares them.
         layout: how the user said the layers' outputs are to be read.
+        notes: doubts about the choice of a layer; the user was warned of them.
     """
 
     layers: tuple[tuple[str, nn.Module], ...]
@@ -69,6 +70,7 @@ class Facts:
     classes: int | None
     tokens: tuple[int | None, tuple[int, ...] | None]
     layout: str | Layout | ReshapeTransform
+    notes: tuple[str, ...] = ()
     _layouts: dict[Any, Layout] = field(default_factory=dict, repr=False, compare=False)
 
     def layout_of(self, name: str, module: nn.Module, activations: Tensor, images: Tensor) -> Layout:
@@ -98,7 +100,7 @@ class Plan:
         facts: of the model.
         order: the highest derivative it gives.
         engine: the derivative engine; "none" at order 0.
-        notes: warnings that were given.
+        notes: warnings that were given about the second order.
     """
 
     facts: Facts
@@ -180,19 +182,18 @@ def study(
 
 def learn(settings: Settings, inputs: Inputs, targets: Tensor | None, without: str | None = None) -> Facts:
     """Which layers, how they are read, what the head is and whether it writes into their output."""
-    model, utility = settings.model, settings.utility
+    model = settings.model
     _check_whole(model)
-    if targets is not None and not utility.named:
-        # While the layer is looked for, a user's own function gets the classes that the call is about.
-        value, wanted = utility.value, targets[:, 0]
-        utility = replace(utility, value=lambda outputs, _: value(outputs, wanted))
+    column = None if targets is None else targets[:, 0]
     named = None if settings.layers is None else tuple(named_layers(model, settings.layers))
-    seen = survey(model, inputs.images, gradients=named is None, run=inputs)
-    layers = named or (find_layer(model, seen, inputs.images.shape, utility, settings.layout),)
+    seen = survey(model, inputs.images, gradients=named is None, inputs=inputs)
+    layers = named or (find_layer(model, seen, inputs.images.shape, settings.utility, settings.layout, column),)
     linear, reason = find(seen, layers) if without is None else (None, without)
     classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
-    facts = Facts(layers, None, reason, False, seen.stem, classes, token_facts(model), settings.layout)
+    facts = Facts(layers, None, reason, False, seen.stem, classes, token_facts(model), settings.layout, tuple(seen.notes))
     del seen
+    for note in facts.notes:
+        warn(note)
     if linear is not None:
         try:
             off, holds = verify(model, layers[0], linear, inputs, facts.layout_of)

@@ -165,7 +165,7 @@ def test_scripted_and_traced():
         Explainer(scripted)
     with pytest.raises(ModelStateError, match="traced.*original nn.Module"):
         Explainer(traced)
-    with pytest.raises(ModelStateError, match="not a scripted one"):
+    with pytest.raises(ModelStateError, match="not a scripted or traced one"):
         Explainer(nn.Sequential(part, *model[4:]).eval())(X)
     # A traced head is a function like any other.
     half = Explainer(nn.Sequential(*model[:4], head).eval(), "3")(X)

@@ -1,277 +1,145 @@
-"""Finds the target layer and learns the shape of the head behind it, from one small forward pass.
-
-``survey`` runs the model once on one or two images with a hook on every module. It tells which module ran when and what it
-returned; that answers which layer to explain (``layer="auto"``), where its channels are, which classifier follows it, and
-whether anything behind it writes into its output.
-"""
+"""Finds the target layer of ``layer="auto"`` and learns the shape of the head behind it."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, LayerError, ModelStateError
-from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
-from .double_backward import TwiceDifferentiable
-from .inputs import Inputs
-from .layouts import PREFIXES, Layout, ReshapeTransform, resolve_layout
+from ..errors import LayerError
+from ..utilities.named import Utility
+from .layouts import PREFIXES, Layout, ReshapeTransform, resolve_layout, shown
+from .named import LayerSpec, named_layers, token_facts, token_suffix
+from .reach import Question, share
+from .survey import Record, Survey, check_stem, survey
 
-LayerSpec = str | nn.Module
-_PASSIVE = (
-    nn.Identity,
-    nn.Flatten,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-)
+__all__ = [
+    "LayerSpec",
+    "Record",
+    "Survey",
+    "check_stem",
+    "find_layer",
+    "named_layers",
+    "survey",
+    "token_facts",
+]
 
+#: How many of the last candidates the first question about gradients is about; each next one is about four times as many.
+_WINDOW = 12
+#: How many other layers may be tried in the place of one that is only a part of what the head reads; two forward passes each.
+_TRIES = 4
 
-@dataclass(slots=True)
-class Record:
-    """One module call during the survey: its name, what it returned, and whether it only passed its input on."""
-
-    name: str
-    module: nn.Module
-    output: Tensor
-    input: Tensor | None
-    passive: bool
-
-
-@dataclass(slots=True)
-class Survey:
-    """What one small forward pass showed.
-
-    Attributes:
-        records: every module call that returned one floating tensor (or a tuple with one map), in order of completion.
-        outputs: what the model returned.
-        logits: the logits in it, if there are any.
-        stem: the convolution that reads the images directly, if there is one.
-    """
-
-    records: list[Record] = field(default_factory=list)
-    outputs: Any = None
-    logits: Tensor | None = None
-    stem: nn.modules.conv._ConvNd | None = None
-
-
-def survey(model: nn.Module, images: Tensor, gradients: bool, run: Inputs | None = None) -> Survey:
-    """Run ``model`` once with every module watched.
-
-    Args:
-        model: the user's model; its hooks are as before when this returns or raises.
-        images: a small batch.
-        gradients: keep the graph, so that ``find_layer`` can ask which layers every position of which matters.
-        run: the images with what the model takes besides.
-
-    Raises:
-        InputError: the images do not have the rank, channels, dtype or device that the first convolution needs.
-        ModelStateError: the model does not accept hooks.
-    """
-    found, owner = Survey(), threading.get_ident()
-    watched = images
-
-    def before(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == owner and args and args[0] is watched:
-            assert isinstance(module, nn.modules.conv._ConvNd)
-            check_stem(module, images)
-            found.stem = module
-
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, tuple):  # blocks of Hugging Face's transformers: (hidden states, attentions or None)
-                maps = [part for part in output if isinstance(part, Tensor) and part.is_floating_point() and part.ndim >= 3]
-                output = maps[0] if len(maps) == 1 else None
-            if threading.get_ident() == owner and isinstance(output, Tensor) and output.is_floating_point():
-                source = args[0] if args and isinstance(args[0], Tensor) else None
-                alias = source is not None and source.data_ptr() == output.data_ptr() and source.numel() == output.numel()
-                leaf = next(module.children(), None) is None
-                passive = leaf and (isinstance(module, _PASSIVE) or (alias and not isinstance(module, nn.Sequential)))
-                passive = passive or type(module).__name__ in ("SelectAdaptivePool2d", "Permute")
-                found.records.append(Record(name, module, output, source, passive))
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(TwiceDifferentiable())
-        # A clone taken here is no inference tensor, even where the images are.
-        watched = images.detach().clone().requires_grad_(gradients)
-        try:
-            for name, module in model.named_modules():
-                if isinstance(module, nn.modules.conv._ConvNd):
-                    stack.callback(module.register_forward_pre_hook(before).remove)
-                stack.callback(module.register_forward_hook(after(name)).remove)
-        except RuntimeError as error:
-            raise ModelStateError(
-                f"{type(model).__name__} has a part that does not accept hooks ({error}). Pass the original model, "
-                "not a scripted one."
-            ) from error
-        found.outputs = (run or Inputs(images)).with_images(watched).run(model)
-    found.logits = logits_of(found.outputs)
-    return found
-
-
-def check_stem(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
-    """Check the images against the convolution that reads them.
-
-    Raises:
-        InputError: wrong rank, channels, device or dtype.
-    """
-    rank, channels = module.weight.ndim, module.in_channels
-    if images.ndim != rank:
-        hint = " Add a batch dimension: images[None]." if images.ndim == rank - 1 else ""
-        raise InputError(f"images must have {rank} dimensions for this model, got shape {tuple(images.shape)}.{hint}")
-    if images.shape[1] != channels:
-        hint = " The channels come second: images.movedim(-1, 1)." if images.shape[-1] == channels else ""
-        raise InputError(f"images must have {channels} channels for this model, got shape {tuple(images.shape)}.{hint}")
-    if images.device != module.weight.device:
-        raise InputError(
-            f"images are on {images.device}, the model is on {module.weight.device}: images.to({str(module.weight.device)!r})."
-        )
-    if images.dtype != module.weight.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise InputError(
-            f"images are {images.dtype}, the model is {module.weight.dtype}: images.to({module.weight.dtype}), or use autocast."
-        )
-
-
-def named_layers(model: nn.Module, wanted: LayerSpec | Sequence[LayerSpec]) -> list[tuple[str, nn.Module]]:
-    """(name, module) of each layer the caller named, as a module, a dotted name ("layer4.2", "layer4[-1]") or a list.
-
-    Raises:
-        LayerError: no such layer (the nearest names are suggested), a module from elsewhere, or one named twice.
-    """
-    specs: Iterable[Any] = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-    modules = dict(model.named_modules())
-    found: list[tuple[str, nn.Module]] = []
-    for spec in specs:
-        if isinstance(spec, nn.Module):
-            name = next((name for name, module in modules.items() if module is spec), None)
-            if name is None:
-                raise LayerError(
-                    f"The layer {type(spec).__name__} given is not part of the model {type(model).__name__}. "
-                    "Take it from the very model that is explained (a copy or a compiled model has other modules)."
-                )
-            found.append((name, spec))
-        elif isinstance(spec, str):
-            found.append(_by_name(modules, spec))
-        else:
-            raise LayerError(f"layer must be 'auto', a module, a dotted name or a list of them, got {spec!r}.")
-    if not found:
-        raise LayerError("layer is an empty list: name at least one layer, or use layer='auto'.")
-    if len({id(module) for _, module in found}) != len(found):
-        raise LayerError(f"A layer is named twice in {[name for name, _ in found]}: name each layer once.")
-    return found
-
-
-def _by_name(modules: dict[str, nn.Module], spec: str) -> tuple[str, nn.Module]:
-    if spec in modules:
-        return spec, modules[spec]
-    dotted = spec.replace("[", ".").replace("]", "")
-    parts = dotted.split(".")
-    module, name = modules[""], ""
-    for part in parts:
-        children = dict(module.named_children())
-        if (
-            part.lstrip("-").isdigit()
-            and part not in children
-            and -len(children) <= int(part) < len(children)
-            and str(int(part)) == part
-        ):
-            part = list(children)[int(part)]
-        if part not in children:
-            near = difflib.get_close_matches(dotted, modules, n=4, cutoff=0.5) or [n for n in modules if n][-4:]
-            raise LayerError(f"No layer {spec!r} in {type(modules['']).__name__}. Nearest: {', '.join(map(repr, near))}.")
-        module, name = children[part], f"{name}.{part}".lstrip(".")
-    return name, module
-
-
-def token_facts(model: nn.Module) -> tuple[int | None, tuple[int, ...] | None]:
-    """What a model says of its tokens: how many leading ones are not patches, and the patch size."""
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if not isinstance(prefix, int):
-        # torchvision's VisionTransformer keeps its class token as a parameter.
-        prefix = 1 if isinstance(getattr(model, "class_token", None), Tensor) else None
-    for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and module.stride == module.kernel_size and module.stride[0] > 1:
-            return prefix, tuple(module.stride)
-    return prefix, None
+Candidate = tuple[Record, Layout]
 
 
 def find_layer(
-    model: nn.Module, seen: Survey, image_shape: Sequence[int], utility: Utility, wanted: str | Layout | ReshapeTransform
+    model: nn.Module,
+    seen: Survey,
+    image_shape: Sequence[int],
+    utility: Utility,
+    wanted: str | Layout | ReshapeTransform,
+    targets: Tensor | None = None,
 ) -> tuple[str, nn.Module]:
     """The target layer of ``layer="auto"``: the last layer with positions all of which still matter to the utility.
 
     For a convolutional network that is the input of the final pooling; for a transformer with a class token it is the
-    input of the last attention, because behind it the class token no longer looks at the patches.
+    input of the last attention, because behind it the class token no longer looks at the patches. A layer beside which
+    something else leads from the images to the utility is taken only where no other is found, and ``seen.notes`` says so.
+
+    Args:
+        model: the user's model.
+        seen: its survey, made with ``gradients=True``.
+        image_shape: the shape of the surveyed images.
+        utility: the utility, for the surveyed images.
+        wanted: the layout the user asked for.
+        targets: the classes of the surveyed images, int64 [N]; None for the predicted ones.
 
     Raises:
         LayerError: nothing fits; the message lists the candidates with their shapes.
+        DerivativeError: an operator of the model has no derivative.
     """
-    prefix, patch = token_facts(model)
-    runs = Counter(id(record.module) for record in seen.records)
-    # An activation that several places share has no map of its own; windows folded into the batch are parts of maps.
-    records = [
-        r
-        for r in seen.records
-        if runs[id(r.module)] == 1 and r.output.ndim >= 3 and r.output.shape[0] == image_shape[0]
-        if not r.passive and r.module is not model and r.output is not seen.logits
-    ]
-
-    def spatial(strict: bool) -> list[tuple[Record, Layout]]:
-        found = []
-        for r in records:
-            try:
-                layout = resolve_layout(
-                    r.output.shape,
-                    image_shape,
-                    name=r.name,
-                    wanted=wanted,
-                    module=r.module,
-                    prefix=prefix,
-                    patch=patch,
-                    strict=strict,
-                )
-            except LayerError:
-                continue
-            if math.prod(layout.grid) > 1:
-                found.append((r, layout))
-        return found
-
-    candidates = spatial(strict=True)
+    question = Question(model, seen, utility, targets)
+    prefix, _ = token_facts(model)
+    records = [r for r in _maps(model, seen) if r.output.shape[0] == image_shape[0]]
+    candidates = readable = _with_layout(model, records, image_shape, wanted, strict=True)
     if not any(layout.kind == "NTC" for _, layout in candidates):
         # Beside tokens, four dimensions without the images' aspect ratio are attention heads, and not uneven strides.
-        candidates = spatial(strict=False)
-    readable, candidates = candidates, _feature_maps(candidates)
-    shares = _positions_that_matter(seen, utility, candidates)
-    for i in reversed(range(len(candidates))):
-        if shares[i] >= 0.5:
-            chosen = candidates[i][0]
-            _check_tokens_behind(seen, utility, chosen, records, readable, prefix)
-            same = [r for r, _ in candidates if r.output is chosen.output or r.output.data_ptr() == chosen.output.data_ptr()]
-            # Containers return the tensor of their last child: name the outermost.
-            outermost = min((r for r in same if r.output.shape == chosen.output.shape), key=lambda r: r.name.count("."))
-            return outermost.name, outermost.module
-    listing = "\n".join(f"  {r.name}: {tuple(r.output.shape)}" for r, _ in candidates[-12:]) or "  (none)"
-    dead = " No gradient reaches any: does the model detach them, or is its classifier all zeros, as before training?"
-    dead = "" if any(shares) else dead
-    raise LayerError(
-        f"layer='auto' found no layer of {type(model).__name__} whose positions all lead to the target.{dead} Name one with "
-        f"layer=. Candidates with positions, last first to run at the bottom:\n{listing}"
-    )
+        candidates = readable = _with_layout(model, records, image_shape, wanted, strict=False)
+    candidates = _before_the_logits(_feature_maps(candidates), seen)
+    tokens = _tokens_of_unknown_grid(records, readable, prefix)
+    size, found = _WINDOW, None
+    gradients: dict[str, Tensor] | None = {}
+    while candidates and found is None:
+        start = max(0, len(candidates) - size)
+        window = candidates[start:]
+        names = {r.name for r, _ in window}
+        first = records.index(window[0][0])
+        behind = {r.name for r, _ in tokens if records.index(r) >= first}
+        # From the images on only if nothing less says it: that graph is many times what the forward pass holds.
+        gradients = question.gradients(window[0][0].name if start else None, names | behind)
+        found = _last_that_matters(question, window, gradients or {})
+        if start == 0:
+            break
+        size *= 4
+    if found is None:
+        listing = "\n".join(f"  {r.name}: {shown(r.output.shape)}" for r, _ in candidates[-12:]) or "  (none)"
+        raise LayerError(
+            f"layer='auto' found no layer of {type(model).__name__} whose positions all lead to the target."
+            f"{_why_no_gradient(question, candidates, gradients)} Name one with layer=. Candidates with positions, last first "
+            f"to run at the bottom:\n{listing}"
+        )
+    assert gradients is not None
+    _check_tokens_behind(found[0], records, tokens, gradients)
+    chosen = _whole(question, found, window, records, gradients)
+    same = [r for r, _ in candidates if r.place == chosen.place]
+    # Containers return the tensor of their last child: name the outermost.
+    outermost = min(same, key=lambda r: r.name.count("."))
+    return outermost.name, outermost.module
 
 
-def _feature_maps(candidates: list[tuple[Record, Layout]]) -> list[tuple[Record, Layout]]:
+def _maps(model: nn.Module, seen: Survey) -> list[Record]:
+    """The records that may be maps, of modules that ran once: what several places share has no map of its own."""
+    runs = Counter(id(record.module) for record in seen.records)
+    return [
+        r
+        for r in seen.records
+        if runs[id(r.module)] == 1 and r.output.ndim >= 3 and not r.passive and r.module is not model and r.place != seen.end
+    ]
+
+
+def _with_layout(
+    model: nn.Module,
+    records: Sequence[Record],
+    image_shape: Sequence[int],
+    wanted: str | Layout | ReshapeTransform,
+    strict: bool,
+) -> list[Candidate]:
+    prefix, patch = token_facts(model)
+    found = []
+    for r in records:
+        try:
+            layout = resolve_layout(
+                r.output.shape,
+                image_shape,
+                name=r.name,
+                wanted=wanted,
+                module=r.module,
+                prefix=prefix,
+                patch=patch,
+                suffix=token_suffix(model),
+                strict=strict,
+            )
+        except LayerError:
+            continue
+        if math.prod(layout.grid) > 1:
+            found.append((r, layout))
+    return found
+
+
+def _feature_maps(candidates: list[Candidate]) -> list[Candidate]:
     """The candidates without the projections inside transformer blocks: queries, keys and values, the layers of the MLP."""
     maps = [
         (r, layout) for r, layout in candidates if layout.kind != "NTC" or not isinstance(r.module, nn.Linear)
@@ -282,53 +150,120 @@ def _feature_maps(candidates: list[tuple[Record, Layout]]) -> list[tuple[Record,
     return [(r, layout) for r, layout in maps if layout.kind != "NTC" or r.output.shape[-1] == width]
 
 
-def _check_tokens_behind(
-    seen: Survey,
-    utility: Utility,
-    chosen: Record,
+def _before_the_logits(candidates: list[Candidate], seen: Survey) -> list[Candidate]:
+    """The candidates without those that already hold a map per class, as a segmentation's last layers do."""
+    if seen.logits is None or seen.logits.ndim < 4:
+        return candidates
+    classes, end = seen.logits.shape[1], len(candidates)
+    while end and candidates[end - 1][0].output.shape[candidates[end - 1][1].channels_dim] == classes:
+        end -= 1
+    return candidates[:end] or candidates
+
+
+def _last_that_matters(
+    question: Question, candidates: Sequence[Candidate], gradients: dict[str, Tensor]
+) -> tuple[Record, Layout, bool] | None:
+    """The last candidate most positions of which matter, and whether the utility depends on the images through it alone."""
+    for r, layout in reversed(candidates):
+        if share(layout, gradients.get(r.name)) >= 0.5:
+            depends, alone = question.alone(r.name)
+            if depends:  # and is no constant, as a position embedding is
+                return r, layout, alone
+    return None
+
+
+def _whole(
+    question: Question,
+    found: tuple[Record, Layout, bool],
+    window: Sequence[Candidate],
     records: Sequence[Record],
-    readable: Sequence[tuple[Record, Layout]],
-    prefix: int | None,
+    gradients: dict[str, Tensor],
+) -> Record:
+    """The layer found, or in the place of one that is only a part of what the head reads the last before it that is all."""
+    chosen, layout, alone = found
+    if alone:
+        return chosen
+    end = next(i for i, (r, _) in enumerate(window) if r is chosen)
+    earlier = [(r, other) for r, other in window[:end] if other.grid == layout.grid]
+    tried: set[object] = {chosen.place}
+    for r, other in reversed(earlier):
+        if r.place in tried or r.name.startswith(f"{chosen.name}.") or share(other, gradients.get(r.name)) < 0.5:
+            continue
+        if len(tried) > _TRIES:
+            break
+        tried.add(r.place)
+        # In a transformer's last block the class token alone goes past the norm before the attention.
+        tokens = layout.kind == "NTC" and other == layout and r.output.shape == chosen.output.shape
+        if tokens and question.alone(chosen.name, (r.name, other))[1]:
+            return chosen
+        if question.alone(r.name)[1]:
+            return r
+    question.seen.notes.append(
+        f"layer='auto' chose {chosen.name!r}, but that is only a part of what the target depends on: another branch or a skip "
+        "connection leads past it, and no layer was found that is all of it. The map shows this part. Name a layer with "
+        "layer=, the block in which the branches join, or several of them: layer=[...]."
+    )
+    return chosen
+
+
+def _tokens_of_unknown_grid(records: Sequence[Record], readable: Sequence[Candidate], prefix: int | None) -> list[Candidate]:
+    """The records with as many tokens as a grid seen elsewhere in the model, which nothing says is theirs."""
+    grids = {layout.grid for _, layout in readable}
+    read = {id(record) for record, _ in readable}
+    found: list[Candidate] = []
+    for record in records:
+        if record.output.ndim == 3 and id(record) not in read and not isinstance(record.module, nn.Linear):
+            for grid in grids:
+                left = record.output.shape[1] - math.prod(grid)
+                if left in ((prefix,) if prefix is not None else PREFIXES):
+                    found.append((record, Layout("NTC", grid, left)))
+    return found
+
+
+def _check_tokens_behind(
+    chosen: Record, records: Sequence[Record], tokens: Sequence[Candidate], gradients: dict[str, Tensor]
 ) -> None:
     """Raise LayerError if a layer behind the chosen one has as many tokens as a grid seen elsewhere in the model.
 
     That grid is a guess (of a video transformer, say, which convolves inside its blocks), so it is the caller's to confirm.
     """
-    grids = {layout.grid for _, layout in readable}
-    read = {id(record) for record, _ in readable}
-    order = [id(record) for record in records]
-    unread: list[tuple[Record, Layout]] = []
-    for record in records[order.index(id(chosen)) + 1 :]:
-        if record.output.ndim == 3 and id(record) not in read and not isinstance(record.module, nn.Linear):
-            for grid in grids:
-                left = record.output.shape[1] - math.prod(grid)
-                if left in ((prefix,) if prefix is not None else PREFIXES):
-                    unread.append((record, Layout("NTC", grid, left)))
-    shares = _positions_that_matter(seen, utility, unread)
-    for (record, layout), share in reversed(list(zip(unread, shares, strict=True))):
-        if share >= 0.5:
+    after = records.index(chosen)
+    for record, layout in reversed(tokens):
+        if records.index(record) > after and share(layout, gradients.get(record.name)) >= 0.5:
             raise LayerError(
-                f"layer='auto' cannot read the tokens of layer {record.name!r}, shape {tuple(record.output.shape)}. If they "
+                f"layer='auto' cannot read the tokens of layer {record.name!r}, shape {shown(record.output.shape)}. If they "
                 f"are a grid of {layout.grid} behind {layout.prefix} others, say so: layer={record.name!r}, layout={layout!r}."
             )
 
 
-def _positions_that_matter(seen: Survey, utility: Utility, candidates: Sequence[tuple[Record, Layout]]) -> list[float]:
-    """For each candidate the share of its positions that the utility's gradient reaches."""
+def _why_no_gradient(question: Question, candidates: Sequence[Candidate], gradients: dict[str, Tensor] | None) -> str:
+    """Why no candidate matters, where something can be said."""
+    model, logits = question.model, question.seen.logits
     if not candidates:
-        return []
-    batch = candidates[-1][0].output.shape[0]
-    targets = seen.logits.detach().argmax(1) if seen.logits is not None and seen.logits.ndim == 2 else None
-    with torch.enable_grad():
-        value = evaluate(utility, seen.outputs, seen.logits, targets, batch)
-        if not value.requires_grad or not any(r.output.requires_grad for r, _ in candidates):
-            return [0.0] * len(candidates)
-        # A constant map, a position embedding say, has no gradient to ask for.
-        live = [i for i, (r, _) in enumerate(candidates) if r.output.requires_grad]
-        outputs = [candidates[i][0].output for i in live]
-        gradients = torch.autograd.grad(value.sum(), outputs, allow_unused=True, retain_graph=True)  # for another question
-    shares = [0.0] * len(candidates)
-    for i, gradient in zip(live, gradients, strict=True):
-        if gradient is not None:
-            shares[i] = (candidates[i][1].view(gradient) != 0).any(1).float().mean().item()
-    return shares
+        hidden = any(isinstance(part, torch.jit.ScriptModule) for part in model.modules())
+        return " Its modules are scripted or traced and cannot be watched: pass the original model." if hidden else ""
+    if not gradients:
+        if any(".quantized" in type(part).__module__ for part in model.modules()):
+            return " It is quantised, and quantised layers have no gradients: explain the model it was made from."
+        return (
+            " No gradient reaches any: between them and the target the model detaches its values, leaves torch (NumPy, another "
+            "runtime), switches gradients off (torch.no_grad) or rounds. Explain a model without that, or use a method without "
+            "derivatives and name the layer."
+        )
+    if any(bool(gradient.any()) for gradient in gradients.values()):
+        return ""
+    if logits is not None and logits.ndim == 2 and logits.shape[1] == 1 and question.utility.name in ONE_LOGIT:
+        return f" Utility {question.utility.name!r} is a constant for its single logit: use utility='logit'."
+    last = next((r.module for r in reversed(question.seen.records) if isinstance(r.module, nn.Linear)), None)
+    if last is not None and not bool(last.weight.any()):
+        return " No gradient reaches any: it has its classifier all zeros, as before training."
+    if not question.utility.named:
+        return (
+            f" No gradient reaches any: for these images utility {question.utility.name!r} does not change with the outputs (a "
+            "class that no pixel is predicted to have, a box that is not found), or the model detaches them."
+        )
+    return " Every gradient that reaches one is zero: are all activations behind them switched off, or the softmax saturated?"
+
+
+#: Utilities that are constants of one logit, whose softmax is 1.
+ONE_LOGIT = ("probability", "log_probability")

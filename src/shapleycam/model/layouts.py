@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,12 @@ KINDS: dict[str, tuple[int, int]] = {
 #: How many leading tokens may be no positions: none, a class token, two (distilled), or registers with and without the class.
 PREFIXES = (0, 1, 2, 4, 5)
 
+
+def shown(shape: Sequence[int]) -> str:
+    """A shape for a message. Some of the images are studied, not all, so the first dimension is just N."""
+    return f"({', '.join(['N', *map(str, shape[1:])])})"
+
+
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd)
 
 
@@ -38,11 +44,16 @@ class Layout:
         kind: "NCHW", "NHWC", "NTC" (tokens), "NCL" (one spatial dimension), "NCDHW" or "NDHWC".
         grid: the spatial shape of the map, (h, w), (d, h, w) or (l,); its product is S.
         prefix: how many leading tokens are not positions (class token, distillation token, registers); "NTC" only.
+        suffix: how many trailing tokens are not positions (the detection tokens of YOLOS); "NTC" only.
+        time_axis: the dimension of the images that d is along, for a grid (d, h, w): 2 in [N, channels, D, H, W] as for
+            convolutions, 1 in [N, T, channels, H, W] as Hugging Face's video models take their clips.
     """
 
     kind: str
     grid: tuple[int, ...]
     prefix: int = 0
+    suffix: int = 0
+    time_axis: int = 2
 
     @property
     def channels_dim(self) -> int:
@@ -50,12 +61,18 @@ class Layout:
         return KINDS[self.kind][1]
 
     def view(self, activations: Tensor) -> Tensor:
-        """The strided [N, C, S] view of a tensor in this layout; prefix tokens are skipped, nothing is copied."""
+        """The strided [N, C, S] view of a tensor in this layout; other tokens are skipped, nothing is copied."""
         if self.kind == "NTC":
-            return activations[:, self.prefix :].transpose(1, 2)
+            return activations[:, self.prefix : activations.shape[1] - self.suffix].transpose(1, 2)
         if self.channels_dim != 1:
             activations = activations.movedim(-1, 1)
         return activations.flatten(2)
+
+    def space(self, image_shape: Sequence[int]) -> tuple[int, ...]:
+        """The spatial shape of images [N, ...] that the grid covers: (h, w), (d, h, w) or (l,)."""
+        if self.time_axis == 1 and len(image_shape) == 5:
+            return (image_shape[1], *image_shape[3:])
+        return tuple(image_shape[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +144,7 @@ class ReshapeTransform:
             plain = Layout(kind, grid, max(each[0] - math.prod(grid), 0) if kind == "NTC" else 0)
             if torch.equal(plain.view(index), moved.flatten(2)):
                 return plain
-        return Transformed("custom", grid, 0, self.function)
+        return Transformed("custom", grid, transform=self.function)
 
 
 def resolve_layout(
@@ -140,11 +157,14 @@ def resolve_layout(
     prefix: int | None = None,
     patch: tuple[int, ...] | None = None,
     strict: bool = False,
+    suffix: int | None = None,
 ) -> Layout:
     """The layout of a layer's output of shape ``shape`` for images of shape ``image_shape`` [N, channels, H, W].
 
     The evidence, in order: the caller's wish; which dimensions have the images' aspect ratio; the kind of module.
-    For tokens: the model's patch size and number of prefix tokens.
+    For tokens: the model's patch size and number of prefix tokens. For one spatial dimension every shape has the images'
+    "aspect ratio", so the kind of module comes first there. Images [N, T, channels, H, W] of up to four channels and more
+    than four frames are read as such.
 
     Args:
         shape: the layer's output shape, batch first.
@@ -155,11 +175,13 @@ def resolve_layout(
         prefix: how many leading tokens the model declares, if it does.
         patch: the model's patch size, if it has a patch embedding.
         strict: take the images' aspect ratio only, and not the module's word where no dimensions have it.
+        suffix: how many trailing tokens the model declares, if it does.
 
     Raises:
         LayerError: the output has no positions, the wish does not fit the shape, or the shape is ambiguous.
     """
-    shape, space = tuple(shape), tuple(image_shape[2:])
+    shape, time_axis = tuple(shape), _time_axis(image_shape)
+    space = Layout("", (), time_axis=time_axis).space(image_shape)
     if isinstance(wanted, ReshapeTransform):
         return wanted.layout(shape, name)
     if isinstance(wanted, Layout):
@@ -170,47 +192,65 @@ def resolve_layout(
             raise LayerError(f"Unknown layout {wanted!r}: expected 'auto', a Layout, or one of {', '.join(KINDS)}.")
         if KINDS[wanted][0] != len(shape):
             raise LayerError(
-                f"Layout {wanted!r} needs {KINDS[wanted][0]} dimensions, but layer {name!r} returned shape {shape}."
+                f"Layout {wanted!r} needs {KINDS[wanted][0]} dimensions, but layer {name!r} returned shape {shown(shape)}."
             )
         kinds: list[str] = [wanted]
     else:
         kinds = [kind for kind, (ndim, _) in KINDS.items() if ndim == len(shape)]
     if not kinds:
         raise LayerError(
-            f"Layer {name!r} returned shape {shape}, which has no positions to map. Choose an earlier layer whose output is "
-            "[N, C, H, W], [N, H, W, C] or [N, tokens, C]."
+            f"Layer {name!r} returned shape {shown(shape)}, which has no positions to map. Choose an earlier layer whose "
+            "output is [N, C, H, W], [N, H, W, C] or [N, tokens, C]."
         )
-    found = [layout for kind in kinds if (layout := _fit(kind, shape, space, prefix, patch, strict=wanted == "auto"))]
+    tokens = Tokens(prefix, patch, suffix)
+    fits = {
+        strictly: [layout for kind in kinds if (layout := _fit(kind, shape, space, tokens, strictly))]
+        for strictly in (True, False)
+    }
+    found = fits[wanted == "auto"]
+    if wanted == "auto" and len(space) == 1 and len(shape) == 3:
+        found = [Layout(kind, grid) for kind, grid in _one_dimension(module, shape, space[0])]
     if len(found) > 1:
         found = [layout for layout in found if _channels_agree(module, shape[layout.channels_dim])] or found
     if len(found) > 1 and isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)):
         # h = w = channels: these two kinds of module have the channels second, always.
         found = [layout for layout in found if layout.channels_dim == 1]
-    if not found and wanted == "auto" and len(shape) == len(image_shape) and not strict:
-        # Strides that differ by dimension (audio, text lines) break the aspect test: let the module's own word decide.
-        loose = [layout for kind in kinds if (layout := _fit(kind, shape, space, prefix, patch, strict=False))]
-        found = [layout for layout in loose if _channels_agree(module, shape[layout.channels_dim])]
+    if not found and wanted == "auto" and len(shape) == len(image_shape) and len(space) > 1 and not strict:
+        # Strides that differ by dimension (audio, text lines, time) break the aspect test: let the module's own word decide,
+        # or that a layer has no more positions along a dimension than the images have.
+        found = [layout for layout in fits[False] if _channels_agree(module, shape[layout.channels_dim])]
+        if not found:
+            within = [all(g <= s for g, s in zip(layout.grid, space, strict=True)) for layout in fits[False]]
+            found = [layout for layout, fit in zip(fits[False], within, strict=True) if fit]
     if len(found) != 1:
         options = ", ".join(repr(kind) for kind in kinds)
+        grid = {1: "(t,)", 2: "(h, w)", 3: "(d, h, w)"}.get(len(space), "(...)")
         extra = (
-            " For tokens give the grid and the number of prefix tokens: layout=Layout('NTC', grid=(h, w), prefix=n)."
+            f" For tokens give the grid and how many tokens before and behind it are no positions: "
+            f"layout=Layout('NTC', grid={grid}, prefix=n, suffix=m)."
             if len(shape) == 3
             else ""
         )
         raise LayerError(
-            f"Cannot tell where the channels of layer {name!r} are: output shape {shape} for images of {space}. "
+            f"Cannot tell where the channels of layer {name!r} are: output shape {shown(shape)} for images of {space}. "
             f"Say so with layout= (one of {options}).{extra}"
         )
-    return found[0]
+    return found[0] if time_axis == 2 else replace(found[0], time_axis=time_axis)
+
+
+def _time_axis(image_shape: Sequence[int]) -> int:
+    """Where the frames are: in the place of the channels if there are too many for channels, and those come behind them."""
+    return 1 if len(image_shape) == 5 and image_shape[1] > 4 >= image_shape[2] else 2
 
 
 def _check_layout(layout: Layout, shape: tuple[int, ...], name: str) -> None:
     if layout.kind not in KINDS or KINDS[layout.kind][0] != len(shape):
-        raise LayerError(f"{layout} does not fit layer {name!r}, whose output has shape {shape}.")
-    positions = shape[1] - layout.prefix if layout.kind == "NTC" else math.prod(_spatial(layout.kind, shape))
+        raise LayerError(f"{layout} does not fit layer {name!r}, whose output has shape {shown(shape)}.")
+    positions = shape[1] - layout.prefix - layout.suffix if layout.kind == "NTC" else math.prod(_spatial(layout.kind, shape))
     if positions != math.prod(layout.grid):
         raise LayerError(
-            f"{layout} has {math.prod(layout.grid)} positions, but layer {name!r} with output shape {shape} has {positions}."
+            f"{layout} has {math.prod(layout.grid)} positions, but layer {name!r} with output shape {shown(shape)} has "
+            f"{positions}."
         )
 
 
@@ -218,16 +258,20 @@ def _spatial(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[1:-1] if KINDS[kind][1] != 1 else shape[2:]
 
 
-def _fit(
-    kind: str,
-    shape: tuple[int, ...],
-    space: tuple[int, ...],
-    prefix: int | None,
-    patch: tuple[int, ...] | None,
-    strict: bool,
-) -> Layout | None:
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a model says of its tokens: how many before and behind the patches are none, and the patch size."""
+
+    prefix: int | None = None
+    patch: tuple[int, ...] | None = None
+    suffix: int | None = None
+
+
+def _fit(kind: str, shape: tuple[int, ...], space: tuple[int, ...], tokens: Tokens, strict: bool) -> Layout | None:
     if kind == "NTC":
-        return _fit_tokens(shape[1], space, prefix, patch)
+        suffix = tokens.suffix or 0
+        found = _fit_tokens(shape[1] - suffix, space, tokens.prefix, tokens.patch)
+        return found and replace(found, suffix=suffix)
     grid = _spatial(kind, shape)
     if not strict:
         return Layout(kind, grid)
@@ -263,18 +307,41 @@ def _fit_tokens(tokens: int, space: tuple[int, ...], prefix: int | None, patch: 
     return None
 
 
+def _one_dimension(module: nn.Module | None, shape: tuple[int, ...], length: int) -> list[tuple[str, tuple[int, ...]]]:
+    """The kinds and grids that an output of three dimensions may have for images of one spatial dimension.
+
+    Convolutions and their norms have the channels second, other layers last. That is believed of a module of torch, whatever
+    the sizes; of one that somebody wrote (a convolution, then a transposition) where the sizes bear it out.
+    """
+    options: dict[int, tuple[str, tuple[int, ...]]] = {1: ("NCL", (shape[2],)), 2: ("NTC", (shape[1],))}
+    dim, channels = _said(module)
+    if channels is not None:
+        agree = [place for place in options if shape[place] == channels]
+        torchs = isinstance(module, nn.Sequential) or type(module).__module__.startswith("torch.nn.")
+        if len(agree) == 1 or (len(agree) == 2 and torchs and dim is not None):
+            return [options[agree[0] if len(agree) == 1 else 1 if dim == 1 else 2]]
+    if isinstance(module, (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.Upsample)):
+        return [options[1]]
+    return [option for option in options.values() if option[1][0] <= length]
+
+
 def _channels_agree(module: nn.Module | None, channels: int) -> bool:
     """Whether the last parametrised layer inside ``module`` says that its output has this many channels."""
-    if module is None:
-        return False
-    said: int | None = None
-    for part in module.modules():
+    return _said(module)[1] == channels
+
+
+def _said(module: nn.Module | None) -> tuple[int | None, int | None]:
+    """What the last parametrised layer inside ``module`` says of its output: the channels' dimension (-1: last), and number."""
+    said: tuple[int | None, int | None] = (None, None)
+    for part in module.modules() if module is not None else ():
         if isinstance(part, nn.modules.conv._ConvNd):
-            said = part.out_channels
+            said = 1, part.out_channels
         elif isinstance(part, _NORMS):
-            said = part.num_channels if isinstance(part, nn.GroupNorm) else int(part.num_features)  # type: ignore[arg-type]
+            said = 1, part.num_channels if isinstance(part, nn.GroupNorm) else int(part.num_features)  # type: ignore[arg-type]
         elif isinstance(part, nn.LayerNorm):
-            said = int(part.normalized_shape[-1])
+            said = -1, int(part.normalized_shape[-1])
         elif isinstance(part, nn.Linear):
-            said = part.out_features
-    return said == channels
+            said = -1, part.out_features
+        elif isinstance(part, nn.RNNBase):
+            said = -1, (part.proj_size or part.hidden_size) * (2 if part.bidirectional else 1)
+    return said

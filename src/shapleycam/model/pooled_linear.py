@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..utilities.outputs import logits_of
 from .capture import Capture
 from .inputs import Inputs
-from .layers import Survey
 from .layouts import Layout
+from .survey import Survey
 
 # Relative errors up to which a mean counts as the same; float32 leaves room for TF32 products.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -98,7 +98,7 @@ def find(seen: Survey, layers: Sequence[tuple[str, nn.Module]]) -> tuple[nn.Line
         return None, "the model does not return logits [N, K]"
     done = [i for i, r in enumerate(seen.records) if any(r.module is module for _, module in layers)]
     for i, record in enumerate(seen.records):
-        if isinstance(record.module, nn.Linear) and same_tensor(record.output, seen.logits):
+        if isinstance(record.module, nn.Linear) and record.place == seen.end:
             if not done or i < max(done):
                 return None, f"the classifier {record.name!r} does not run behind the target layer"
             if sum(r.module is record.module for r in seen.records) > 1:
