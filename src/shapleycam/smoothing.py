@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -52,6 +52,8 @@ def smoothed(
     *,
     mirror: bool = True,
     factors: Sequence[float] = (0.9, 1.0, 1.1),
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Smoothed:
     """Explain a batch through several views of it: as it is and mirrored left to right, each multiplied by every factor.
 
@@ -64,6 +66,7 @@ def smoothed(
         images, targets: as for :meth:`Explainer.__call__`. The factors multiply the images as given, so normalised ones.
         mirror: whether to take the mirrored views too.
         factors: finite numbers other than 0; 1 need not be among them.
+        args, kwargs: what the model takes besides the images; the same for all views.
 
     Raises:
         InputError: ``factors`` is empty or holds something else, the utility is tied to places in the image (which would have
@@ -76,7 +79,7 @@ def smoothed(
             f"The utility {explainer.utility.name!r} is tied to places in the image, which do not move when the image is "
             "mirrored. Use mirror=False."
         )
-    plain = explainer(images, targets)
+    plain = explainer(images, targets, args=args, kwargs=kwargs)
     if plain.targets is not None:
         targets = plain.targets
     views = []
@@ -84,6 +87,6 @@ def smoothed(
         view = images.flip(-1) if mirrored else images
         for factor in factors:
             same = factor == 1 and not mirrored
-            views.append((plain if same else explainer(view * factor, targets), mirrored))
+            views.append((plain if same else explainer(view * factor, targets, args=args, kwargs=kwargs), mirrored))
     known = {field.name: getattr(plain, field.name) for field in fields(Explanation)}
     return Smoothed(**known, views=tuple(views))

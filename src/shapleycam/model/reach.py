@@ -87,7 +87,7 @@ class Question:
             stack.enter_context(torch.set_grad_enabled(first is None))
             stack.enter_context(TwiceDifferentiable())
             watch(stack, self.model, after)
-            outputs = self.model(self.seen.images.clone().requires_grad_(first is None))
+            outputs = self.seen.run(self.model, self.seen.images.clone().requires_grad_(first is None))
         with torch.enable_grad():
             value = self.value(outputs)
             if not value.requires_grad:
@@ -117,8 +117,8 @@ class Question:
         assert images is not None
         layers = [(part, self.model.get_submodule(part)) for part in ([name] if before is None else [before[0], name])]
         with Capture(self.model, layers, gradients=False) as capture:
-            expected = self.value(capture.run(images))
-            found = [site.activations for site in capture.sites]
+            expected = self.value(capture.run(self.seen.of(images)))
+            found = [captured.activations for captured in capture.layers]
         differs = False
 
         def replace(index: int, activations: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Question:
             return given
 
         with Capture(self.model, layers, gradients=False, replace=replace) as capture:
-            value = self.value(capture.run(_noise(images)))
+            value = self.value(capture.run(self.seen.of(_noise(images))))
         scale = expected.abs()
         if isinstance(self.seen.logits, Tensor) and self.seen.logits.numel():
             scale = scale + self.seen.logits.abs().amax()

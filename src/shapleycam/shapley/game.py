@@ -13,7 +13,7 @@ head alone, so that the approximation can be judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Game:
         baseline: what absent players show: "zero"; "mean", each channel's mean over the positions of its image; or a tensor
             that broadcasts to the activations as [N, C, S].
         chunk: how many altered activations go through the head at once; None for a number that fits into memory.
+        args, kwargs: what the model takes besides the images, as for :meth:`Explainer.__call__`. Every coalition then runs
+            the whole model, for they may reach the head past the layer.
 
     Raises:
         InputError: an unknown kind of player or baseline, cells that do not fit, several target layers or several classes.
@@ -63,17 +65,19 @@ class Game:
         cells: Sequence[int] | int | None = None,
         baseline: str | Tensor = "zero",
         chunk: int | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if players not in PLAYERS:
             raise InputError(f"Unknown players {players!r}: expected one of {', '.join(PLAYERS)}.")
         if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
             raise InputError(f"chunk must be a positive number of rows, or None, got {chunk!r}.")
-        plan = explainer.prepare(images)
+        plan = explainer.prepare(images, targets, args=args, kwargs=kwargs)
         if len(plan.layers) != 1:
             raise InputError(f"The game is played on one target layer; the explainer has {len(plan.layers)}.")
         self.players, self._chunk, self._utility = players, chunk, explainer.utility
-        images = images.detach()
-        self._head = Head(explainer.model, plan.layers[0], images)
+        inputs = explainer.inputs(images.detach(), args, kwargs)
+        self._head = Head(explainer.model, plan.layers[0], inputs)
         self._layer, module = plan.layers[0]
         self._layout: Layout = explainer.layout_of(self._layer, module, self._head.activations, images)
         self._activations = self._layout.view(self._head.activations)  # [N, C, S]
