@@ -30,6 +30,7 @@ from .model.layouts import Layout, ReshapeTransform
 from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Plan, Wishes, derive, make_plan, warn
 from .utilities.named import Utility, UtilityFunction, get_utility
+from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
 
 
@@ -58,9 +59,13 @@ class Explainer:
         seed: the seed of RandomCAM.
         chunk: how many masked images (ScoreCAM) or altered activations (AblationCAM) go through the model at once; None for a
             number that suits the device and their size.
+        output: where the logits are in what the model returns: "auto" (the tensor itself, ``.logits``, ``["logits"]`` or
+            ``["out"]``, or the first of several), a key or attribute, a position, or a callable ``(outputs) -> logits``. A
+            model whose logits look like probabilities is warned of, unless this says that they are logits.
 
     Raises:
-        InputError: unknown method, utility, engine or backend, or a chunk that is no positive number.
+        InputError: unknown method, utility, engine or backend, a utility that does not take (outputs, targets), a chunk that
+            is no positive number, or an output that cannot say where the logits are.
         LayerError: a named layer does not exist.
         ModelStateError: ``model`` is not an ``nn.Module``, or is compiled, scripted, traced or exported.
     """
@@ -76,6 +81,7 @@ class Explainer:
         layout: str | Layout | ReshapeTransform = "auto",
         seed: int = 0,
         chunk: int | None = None,
+        output: Output = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelStateError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -89,6 +95,8 @@ class Explainer:
         self.model = model
         self.method = get_method(method)
         self.utility = get_utility(utility)
+        if output != "auto":
+            self.utility = replace(self.utility, output=check_output(output))
         if backend not in ("auto", *ops.ORDER):
             raise InputError(f"Unknown backend {backend!r}: expected 'auto', {', '.join(map(repr, ops.ORDER))}.")
         self.engine, self.backend = engine, backend

@@ -27,6 +27,7 @@ from .methods.table import Method
 from .model.layers import affine_error, affine_tolerance, final_linear, find_layer, survey
 from .model.layouts import Layout, ReshapeTransform, resolve_layout
 from .utilities.named import Utility
+from .utilities.outputs import probability_note
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,18 @@ def make_plan(wishes: Wishes, images: Tensor) -> Plan:
     """
     # A utility that holds something per image holds it for the whole batch; these are its first images.
     wishes = replace(wishes, utility=wishes.utility.rows(torch.arange(images.shape[0], device=images.device)))
-    seen = survey(wishes.model, images, gradients=wishes.layers is None)
+    seen = survey(wishes.model, images, gradients=wishes.layers is None, read=wishes.utility.logits_of)
+    note = None
+    if wishes.utility.named and wishes.utility.name != "logit" and wishes.utility.output == "auto":
+        note = probability_note(seen.outputs, seen.logits, wishes.utility.name)
+        if note is not None:
+            warn(note)
     layers = wishes.layers
     if layers is None:
         layers = (find_layer(wishes.model, seen, images.shape, wishes.utility, wishes.layout),)
     linear, reason = final_linear(seen, layers) if len(layers) == 1 else (None, "there are several target layers")
     classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
-    plan = Plan(tuple(layers), wishes.engine, None, reason, False, classes, seen.stem)
+    plan = Plan(tuple(layers), wishes.engine, None, reason, False, classes, seen.stem, () if note is None else (note,))
     del seen
     plan = _study_head(wishes, plan, images, linear)
     return _choose_engine(wishes, plan, images)

@@ -34,7 +34,6 @@ from ..model.capture import Capture
 from ..model.layers import same_tensor
 from ..model.layouts import Layout
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from ..utilities.targets import place_targets
 
 ENGINES = ("closed_form", "reverse_over_reverse", "forward_over_reverse", "midpoint")
@@ -104,8 +103,9 @@ class HeadChanged(Exception):
     """The head is no longer what the plan says; plan again. Never leaves the package."""
 
 
-def _values(request: Request, outputs: Any, targets: Tensor | None) -> list[Tensor]:
-    logits, batch = logits_of(outputs), request.images.shape[0]
+def _values(request: Request, outputs: Any, targets: Tensor | None, logits: Tensor | None = None) -> list[Tensor]:
+    """U for every class; ``logits`` where they are at hand."""
+    logits, batch = request.utility.logits_of(outputs) if logits is None else logits, request.images.shape[0]
     columns = [None] if targets is None else [targets[:, m] for m in range(targets.shape[1])]
     return [evaluate(request.utility, outputs, logits, column, batch) for column in columns]
 
@@ -121,7 +121,7 @@ def closed_form(request: Request, linear: nn.Linear) -> Derived:
     """
     with request.capture(gradients=False, linear=linear) as capture:
         outputs = capture.run(request.images)
-        logits = logits_of(outputs)
+        logits = request.utility.logits_of(outputs)
         calls, site = capture.linear_calls, capture.sites[0]
         if logits is None or len(calls) != 1 or not same_tensor(calls[0][1], logits) or calls[0][0].ndim != 2:
             raise HeadChanged("the logits are no longer the output of the classifier")
@@ -163,7 +163,7 @@ def _closed_form_terms(request: Request, capture: Capture, linear: nn.Linear, ou
     if request.baseline:
         derived.value = torch.stack(_values(request, outputs, targets), 1)
         zero = torch.zeros_like(logits) if bias is None else bias.to(logits.dtype).expand_as(logits)
-        derived.baseline = torch.stack(_values(request, zero, targets), 1)
+        derived.baseline = torch.stack(_values(request, zero, targets, zero), 1)
     return derived
 
 
@@ -272,7 +272,7 @@ def reverse_over_reverse(request: Request) -> Derived:
 
 
 def _start(request: Request, capture: Capture, outputs: Any, engine: str) -> tuple[Derived, list[Tensor]]:
-    logits = logits_of(outputs)
+    logits = request.utility.logits_of(outputs)
     targets, poison = place_targets(request.targets, logits, request.images.shape[0], request.images.device)
     # What the caller keeps must not keep the head's graph alive.
     kept = tree_map_only(Tensor, Tensor.detach, outputs)
@@ -403,6 +403,6 @@ def probe(request: Request, linear: nn.Linear, seed: int = 0) -> tuple[Tensor, T
     with request.capture(gradients=False, replace=scramble) as capture:
         outputs = capture.run(request.images)
     layout = request.terms(capture)[0].layout
-    logits = logits_of(outputs)
+    logits = request.utility.logits_of(outputs)
     assert logits is not None
     return layout.view(given[0]), logits, layout

@@ -23,7 +23,6 @@ from ..errors import InputError
 from ..model.head import Head, rows_per_pass
 from ..model.layers import affine_tolerance
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from .onednn import PackedConvolutions
 from .table import Method, get_method
 
@@ -75,11 +74,14 @@ class Scene:
         """M, the number of classes per image."""
         return 1 if self.targets is None else self.targets.shape[1]
 
-    def score(self, outputs: Any, rows: Tensor | None = None) -> Tensor:
-        """U of outputs [B, ...] for every class [B, M]; ``rows`` [B] says whose image each row is (None: row i is image i)."""
+    def score(self, outputs: Any, rows: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+        """U of outputs [B, ...] for every class [B, M].
+
+        ``rows`` [B] says whose image each row is (None: row i is image i); ``logits`` are given where they are at hand.
+        """
         utility = self.utility if rows is None else self.utility.rows(rows)
         batch = self.images.shape[0] if rows is None else rows.shape[0]
-        logits = logits_of(outputs)
+        logits = self.utility.logits_of(outputs) if logits is None else logits
         columns: list[Tensor | None] = [None]
         if self.targets is not None:
             targets = self.targets if rows is None else self.targets[rows]
@@ -205,7 +207,8 @@ def _floor(activations: Tensor) -> Tensor:
 def _verified_means(scene: Scene) -> Tensor | None:
     """mean_s(A) [N, C] in float64, or None where the classifier no longer explains the logits (the model was edited)."""
     linear, z = scene.linear, scene.logits
-    if z is None or z.ndim != 2 or not (scene.utility.named or scene.outputs is z or isinstance(scene.outputs, Tensor)):
+    plain = scene.utility.named or (isinstance(scene.outputs, Tensor) and scene.utility.output == "auto")
+    if z is None or z.ndim != 2 or not plain:
         return None  # a user's utility may want more of the outputs than the logits
     assert linear is not None
     means = scene.term.activations.mean(2, dtype=torch.float64)
@@ -225,10 +228,11 @@ def _ablate_linear(scene: Scene, linear: nn.Linear, means: Tensor, fill: Tensor 
     # The difference of two utilities loses digits; these few products can be afforded in float64.
     z = scene.logits.double()
     step = -means if fill is None else fill - means
-    base = scene.score(z)
+    base = scene.score(z, None, z)
 
     def ask(n: Tensor, c: Tensor) -> Tensor:
-        return scene.score(torch.addcmul(z[n], step[n, c][:, None], columns[c]), n)
+        altered = torch.addcmul(z[n], step[n, c][:, None], columns[c])
+        return scene.score(altered, n, altered)
 
     everything = torch.ones_like(means, dtype=torch.bool)
     scores = _ask_all(ask, everything, rows_per_pass(z[0], scene.chunk, _LOGIT_BYTES), scene.classes)

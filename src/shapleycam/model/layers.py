@@ -11,7 +11,7 @@ import difflib
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,13 +64,14 @@ class Survey:
     stem: nn.modules.conv._ConvNd | None = None
 
 
-def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
+def survey(model: nn.Module, images: Tensor, gradients: bool, read: Callable[[Any], Tensor | None] = logits_of) -> Survey:
     """Run ``model`` once with every module watched.
 
     Args:
         model: the user's model; its hooks are as before when this returns or raises.
         images: a small batch.
         gradients: keep the graph, so that ``find_layer`` can ask which layers every position of which matters.
+        read: the logits in the outputs.
 
     Raises:
         InputError: the images do not have the rank, channels, dtype or device that the first convolution needs.
@@ -116,7 +117,7 @@ def survey(model: nn.Module, images: Tensor, gradients: bool) -> Survey:
                 "not a scripted one."
             ) from error
         found.outputs = model(watched)
-    found.logits = logits_of(found.outputs)
+    found.logits = read(found.outputs)
     return found
 
 

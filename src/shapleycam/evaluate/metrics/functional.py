@@ -24,7 +24,7 @@ from ...errors import InputError
 from ...explainer import Explainer
 from ...explanation import Explanation
 from ...methods.table import PAPER_METHODS
-from ...utilities.outputs import logits_of
+from ...utilities.outputs import Output, flat, logits_of
 
 
 def drop(p: Tensor, masked: Tensor) -> Tensor:
@@ -132,19 +132,22 @@ def measure(
     for maps, sharers in _distinct(found):
         again = explainer.compare(mask(images, maps), classes, sharers)
         with torch.no_grad():
-            deleted = probabilities(explainer.model, mask(images, 1 - maps), classes)
+            deleted = probabilities(explainer.model, mask(images, 1 - maps), classes, explainer.utility.output)
         for name in sharers:
             measured[name] = Measurement(classes, p, again[name].probabilities, deleted, maps, again[name].heatmaps())
     return {name: measured[name] for name in found}
 
 
-def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor, output: Output = "auto") -> Tensor:
     """Softmax probability of ``classes`` [N] for ``images``, [N] in float32 (float64 for a float64 model).
+
+    ``output`` says where the logits are in what the model returns, as for :class:`shapleycam.Explainer`.
 
     Raises:
         InputError: the model returned no logits [N, K].
     """
-    logits = logits_of(model(images))
+    logits = logits_of(model(images), output)
+    logits = None if logits is None else flat(logits)
     if logits is None or logits.ndim != 2:
         raise InputError("The model returned no logits [N, K], so there are no class probabilities.")
     p = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
