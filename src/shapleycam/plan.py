@@ -130,6 +130,8 @@ def make_plan(wishes: Wishes, images: Tensor) -> Plan:
     if layers is None:
         layers = (find_layer(wishes.model, seen, images.shape, wishes.utility, wishes.layout),)
     linear, reason = final_linear(seen, layers) if len(layers) == 1 else (None, "there are several target layers")
+    if linear is not None and not wishes.utility.sees_logits_only(seen.outputs, seen.logits):
+        linear, reason = None, f"utility {wishes.utility.name!r} is given more than the logits"
     classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
     plan = Plan(tuple(layers), wishes.engine, None, reason, False, classes, seen.stem, () if note is None else (note,))
     del seen

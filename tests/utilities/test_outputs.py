@@ -136,6 +136,18 @@ def test_several_methods_the_automatic_layer_and_the_uses():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("form", [lambda z: {"logits": z, "more": z.exp()}, lambda z: (z, z.exp())], ids=["dict", "tuple"])
+@pytest.mark.parametrize("method", ["shapleycam", "ablationcam"])
+def test_an_own_utility_is_given_the_outputs_and_no_less(form, method):
+    """Over a pool-and-linear head too, whose closed form knows the logits only."""
+    of = lambda outputs: outputs["more"] if isinstance(outputs, dict) else outputs[1]
+    result = maps_of(form, method=method, utility=lambda outputs, c: of(outputs).gather(1, c[:, None])[:, 0].tanh())
+    expected = maps_of(lambda z: z.exp(), method=method, utility=lambda z, c: z.gather(1, c[:, None])[:, 0].tanh())
+    torch.testing.assert_close(result.raw, expected.raw, rtol=1e-9, atol=1e-12)
+    plain = maps_of(lambda z: z, utility=lambda z, c: z.gather(1, c[:, None])[:, 0].tanh())
+    assert plain.diagnostics.engine == "closed_form"
+
+
 # ------------------------------------------------------------------------------------------------------ probabilities
 
 

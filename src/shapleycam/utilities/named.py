@@ -83,6 +83,10 @@ class Utility:
         found = logits_of(outputs, self.output)
         return flat(found) if found is not None and self.named else found
 
+    def sees_logits_only(self, outputs: Any, logits: Tensor | None) -> bool:
+        """Whether the logits are all of the outputs that the value is given, so that it is a function of them."""
+        return self.named or outputs is logits or (logits is not None and bool(getattr(self.value, "reads_logits", False)))
+
     def rows(self, rows: Tensor) -> Utility:
         """This utility for other rows: entry i belongs to image ``rows[i]`` (int64 [B]) of the batch.
 
