@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -33,6 +34,7 @@ from .model.pooled_linear import Outdated
 from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
 from .utilities.named import Utility, UtilityFunction, get_utility
+from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
 
 
@@ -64,9 +66,13 @@ class Explainer:
             number that suits the device and their size.
         images_as: the keyword under which the model takes the images ("pixel_values"), where they are not its first
             positional argument.
+        output: where the logits are in what the model returns: "auto" (the tensor itself, ``.logits``, ``["logits"]`` or
+            ``["out"]``, or the first of several), a key or attribute, a position, or a callable ``(outputs) -> logits``. A
+            model whose logits look like probabilities is warned of, unless this says that they are logits.
 
     Raises:
-        InputError: unknown method, utility, engine or backend, or a chunk that is no positive number.
+        InputError: unknown method, utility, engine or backend, a utility that does not take (outputs, targets), a chunk that
+            is no positive number, or an output that cannot say where the logits are.
         LayerError: a named layer does not exist.
         ModelStateError: ``model`` is not an ``nn.Module``, or is compiled, scripted, traced or exported.
     """
@@ -83,6 +89,7 @@ class Explainer:
         seed: int = 0,
         chunk: int | None = None,
         images_as: str | None = None,
+        output: Output = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelStateError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -97,11 +104,14 @@ class Explainer:
             raise InputError(f"Unknown backend {backend!r}: expected 'auto', {', '.join(map(repr, ops.ORDER))}.")
         if images_as is not None and (not isinstance(images_as, str) or not images_as.isidentifier()):
             raise InputError(f"images_as must be the name of a keyword argument, such as 'pixel_values', got {images_as!r}.")
+        asked = get_utility(utility)
+        if output != "auto":
+            asked = replace(asked, output=check_output(output))
         self._settings = Settings(
             model,
             layer_names(model, layer),
             get_method(method),
-            get_utility(utility),
+            asked,
             engine,
             backend,
             layout,

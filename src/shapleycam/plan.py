@@ -25,6 +25,7 @@ from .model.layers import find_layer, named_layers, survey, token_facts
 from .model.layouts import Layout, ReshapeTransform, resolve_layout
 from .model.pooled_linear import PooledLinear, find, verify
 from .utilities.named import Utility
+from .utilities.outputs import probability_note
 from .utilities.targets import check_targets, place_targets
 
 #: How many layouts are remembered; images of ever new sizes must not fill the memory.
@@ -162,8 +163,12 @@ def study(
         some = None if placed is None else placed[:count]
         # A utility that holds something per image holds it for the whole batch; these are its first images.
         asked = replace(settings, utility=settings.utility.rows(index))
-        known = facts or learn(asked, few, some, without)
-        check_targets(targets, inputs.images.shape[0], known.classes)  # all of them: no message is to quote two images
+
+        def check(classes: int | None) -> None:
+            check_targets(targets, inputs.images.shape[0], classes)  # all of them: no message is to quote two images
+
+        known = facts or learn(asked, few, some, check, without)
+        check(known.classes)
         return choose(asked, known, few, some, order)
 
     batch = inputs.images.shape[0]
@@ -180,23 +185,39 @@ def study(
             raise error from None
 
 
-def learn(settings: Settings, inputs: Inputs, targets: Tensor | None, without: str | None = None) -> Facts:
-    """Which layers, how they are read, what the head is and whether it writes into their output."""
+def learn(
+    settings: Settings,
+    inputs: Inputs,
+    targets: Tensor | None,
+    check: Callable[[int | None], None],
+    without: str | None = None,
+) -> Facts:
+    """Which layers, how they are read, what the head is and whether it writes into their output.
+
+    ``check`` raises TargetError for this number of classes, before a utility is asked for one that is not there.
+    """
     model = settings.model
     _check_whole(model)
     column = None if targets is None else targets[:, 0]
     named = None if settings.layers is None else tuple(named_layers(model, settings.layers))
-    seen = survey(model, inputs.images, gradients=named is None, inputs=inputs)
+    seen = survey(model, inputs.images, gradients=named is None, inputs=inputs, read=settings.utility.logits_of)
+    classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
+    check(classes)
     layers = named or (find_layer(model, seen, inputs.images.shape, settings.utility, settings.layout, column),)
     linear, reason = find(seen, layers) if without is None else (None, without)
-    classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
+    utility = settings.utility
+    if linear is not None and not utility.sees_logits_only(seen.outputs, seen.logits):
+        linear, reason = None, f"utility {utility.name!r} is given more than the logits"
+    if utility.named and utility.name != "logit" and utility.output == "auto":
+        note = probability_note(seen.outputs, seen.logits, utility.name)
+        seen.notes += [] if note is None else [note]
     facts = Facts(layers, None, reason, False, seen.stem, classes, token_facts(model), settings.layout, tuple(seen.notes))
     del seen
     for note in facts.notes:
         warn(note)
     if linear is not None:
         try:
-            off, holds = verify(model, layers[0], linear, inputs, facts.layout_of)
+            off, holds = verify(model, layers[0], linear, inputs, facts.layout_of, settings.utility.logits_of)
         except (RuntimeError, ValueError, IndexError, AssertionError) as failure:
             # Random activations may be outside what the head accepts; then it is simply not verified.
             facts = replace(facts, head=f"not verified: random activations fail in it ({failure})")

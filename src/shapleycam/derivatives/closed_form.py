@@ -12,7 +12,6 @@ from torch import Tensor
 from .. import ops
 from ..model.pooled_linear import Outdated
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from .autograd import differentiate
 from .terms import Derivatives, Request
 
@@ -30,14 +29,14 @@ def closed_form(request: Request) -> Derivatives:
             raise Outdated("an operator writes into the target layer's output")
         found = request.start(capture, outputs, "closed_form")
         [term] = found.terms
-        found.mark(request.head.still_holds(capture, logits_of(outputs), term.activations))
+        found.mark(request.head.still_holds(capture, request.utility.logits_of(outputs), term.activations))
         assert found.logits is not None and found.targets is not None
         _fill(request, found)
         if request.with_baseline:
             found.value = torch.stack(request.values(outputs, found.targets), 1)
             bias, zero = request.head.linear.bias, torch.zeros_like(found.logits)
             at_zero = zero if bias is None else bias.to(zero.dtype).expand_as(zero)
-            found.baseline = torch.stack(request.values(at_zero, found.targets), 1)
+            found.baseline = torch.stack(request.values(at_zero, found.targets, at_zero), 1)
     return found
 
 

@@ -17,7 +17,6 @@ from ..model.inputs import Inputs
 from ..model.layouts import Layout
 from ..model.pooled_linear import PooledLinear
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from ..utilities.targets import place_targets
 
 
@@ -166,16 +165,16 @@ class Request:
 
     def start(self, capture: Capture, outputs: Any, engine: str) -> Derivatives:
         """The answer as far as a forward pass gives it."""
-        logits = logits_of(outputs)
+        logits = self.utility.logits_of(outputs)
         targets, mark = place_targets(self.targets, logits, self.batch, self.inputs.images.device)
         # What the caller keeps must not keep the head's graph alive.
         kept = outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
         logits = kept if logits is outputs else None if logits is None else logits.detach()
         return Derivatives(kept, logits, targets, self.terms(capture), engine, nan_mark=mark)
 
-    def values(self, outputs: Any, targets: Tensor | None) -> list[Tensor]:
-        """U [N] for every class."""
-        logits = logits_of(outputs)
+    def values(self, outputs: Any, targets: Tensor | None, logits: Tensor | None = None) -> list[Tensor]:
+        """U [N] for every class; ``logits`` are given where they are at hand."""
+        logits = self.utility.logits_of(outputs) if logits is None else logits
         columns = [None] if targets is None else [targets[:, m] for m in range(targets.shape[1])]
         return [evaluate(self.utility, outputs, logits, column, self.batch) for column in columns]
 

@@ -26,7 +26,6 @@ from ..model.head import Head, rows_per_pass
 from ..model.inputs import Inputs
 from ..model.pooled_linear import PooledLinear, tolerance
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from .onednn import PackedConvolutions
 from .table import Method, get_method
 
@@ -80,11 +79,14 @@ class ForwardPass:
         """M, the number of classes per image."""
         return 1 if self.targets is None else self.targets.shape[1]
 
-    def score(self, outputs: Any, rows: Tensor | None = None) -> Tensor:
-        """U of outputs [B, ...] for every class [B, M]; ``rows`` [B] says whose image each row is (None: row i is image i)."""
+    def score(self, outputs: Any, rows: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+        """U of outputs [B, ...] for every class [B, M].
+
+        ``rows`` [B] says whose image each row is (None: row i is image i); ``logits`` are given where they are at hand.
+        """
         utility = self.utility if rows is None else self.utility.rows(rows)
         batch = self.inputs.images.shape[0] if rows is None else rows.shape[0]
-        logits = logits_of(outputs)
+        logits = self.utility.logits_of(outputs) if logits is None else logits
         columns: list[Tensor | None] = [None]
         if self.targets is not None:
             targets = self.targets if rows is None else self.targets[rows]
@@ -225,7 +227,8 @@ def _floor(activations: Tensor) -> Tensor:
 def _verified_means(shown: ForwardPass, linear: nn.Linear) -> Tensor | None:
     """mean_s(A) [N, C] in float64, or None where the classifier no longer explains the logits (the model was edited)."""
     z = shown.logits
-    if z is None or z.ndim != 2 or not (shown.utility.named or shown.outputs is z or isinstance(shown.outputs, Tensor)):
+    plain = shown.utility.named or (isinstance(shown.outputs, Tensor) and shown.utility.output == "auto")
+    if z is None or z.ndim != 2 or not plain:
         return None  # a user's utility may want more of the outputs than the logits
     means = shown.term.activations.mean(2, dtype=torch.float64)
     if z.shape[1] != linear.out_features or means.shape[1] != linear.in_features:
@@ -244,10 +247,11 @@ def _ablate_linear(shown: ForwardPass, linear: nn.Linear, means: Tensor, fill: T
     # The difference of two utilities loses digits; these few products can be afforded in float64.
     z = shown.logits.double()
     step = -means if fill is None else fill - means
-    base = shown.score(z)
+    base = shown.score(z, None, z)
 
     def ask(n: Tensor, c: Tensor) -> Tensor:
-        return shown.score(torch.addcmul(z[n], step[n, c][:, None], columns[c]), n)
+        altered = torch.addcmul(z[n], step[n, c][:, None], columns[c])
+        return shown.score(altered, n, altered)
 
     everything = torch.ones_like(means, dtype=torch.bool)
     scores = _ask_all(ask, everything, rows_per_pass(z[0], shown.chunk, _LOGIT_BYTES), shown.classes)

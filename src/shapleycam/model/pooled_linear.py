@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..utilities.outputs import logits_of
 from .capture import Capture
 from .inputs import Inputs
 from .layouts import Layout
@@ -115,6 +115,7 @@ def verify(
     linear: nn.Linear,
     inputs: Inputs,
     layout_of: Callable[[str, nn.Module, Tensor, Tensor], Layout],
+    read: Callable[[Any], Tensor | None],
 ) -> tuple[float, bool]:
     """Run the head on random activations of both signs: (the relative error of ``W·mean_s(A) + b``, whether that is none).
 
@@ -125,6 +126,7 @@ def verify(
         linear: what :func:`find` returned.
         inputs: a few images.
         layout_of: ``(name, module, activations, images) -> Layout``.
+        read: the logits in what the model returns.
     """
     given: list[Tensor] = []
 
@@ -136,17 +138,17 @@ def verify(
         return given[0].clone()
 
     with Capture(model, [layer], gradients=False, replace=scramble, linear=linear) as capture:
-        logits = logits_of(capture.run(inputs))
+        logits = read(capture.run(inputs))
     assert logits is not None
     view = layout_of(*layer, given[0], inputs.images).view(given[0])
     mean = view.double().mean(2)
-    read = capture.linear_calls[0][0].double()
-    if read.shape != mean.shape:
+    taken = capture.linear_calls[0][0].double()
+    if taken.shape != mean.shape:
         return float("inf"), False
     predicted, actual = mean @ linear.weight.detach().double().T, logits.detach().double()
     if linear.bias is not None:
         actual = actual - linear.bias.detach().double()
-    error = max(_off(read, mean), _off(actual, predicted))
+    error = max(_off(taken, mean), _off(actual, predicted))
     return error, error <= tolerance(view.dtype)
 
 

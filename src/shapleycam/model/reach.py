@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..errors import DerivativeError
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from .capture import Capture, replace_tensor
 from .double_backward import TwiceDifferentiable
 from .layouts import Layout
@@ -46,7 +45,7 @@ class Question:
         targets, logits = self.targets, self.seen.logits
         if targets is None and logits is not None and logits.ndim == 2:
             targets = logits.detach().argmax(1)
-        return evaluate(self.utility, outputs, logits_of(outputs), targets, self.seen.images.shape[0])
+        return evaluate(self.utility, outputs, self.utility.logits_of(outputs), targets, self.seen.images.shape[0])
 
     def gradients(self, first: str | None, names: Collection[str]) -> dict[str, Tensor] | None:
         """dU/dA of the layers ``names``, each as its module returned it, where U depends on it.

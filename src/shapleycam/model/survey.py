@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +84,12 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, images: Tensor, gradients: bool, shape: Sequence[int] | None = None, inputs: Inputs | None = None
+    model: nn.Module,
+    images: Tensor,
+    gradients: bool,
+    shape: Sequence[int] | None = None,
+    inputs: Inputs | None = None,
+    read: Callable[[Any], Tensor | None] = logits_of,
 ) -> Survey:
     """Run ``model`` once, without gradients, with every module watched. It holds what the forward pass holds.
 
@@ -94,6 +99,7 @@ def survey(
         gradients: keep the images, so that ``find_layer`` can ask which layers every position of which matters.
         shape: the shape of the user's whole batch, for messages; by default that of ``images``.
         inputs: the images with what the model takes besides.
+        read: the logits in the outputs.
 
     Raises:
         InputError: the images do not have the rank, channels, dtype or device that the first convolution needs.
@@ -137,7 +143,7 @@ def survey(
             if isinstance(module, nn.modules.conv._ConvNd):
                 stack.callback(module.register_forward_pre_hook(before).remove)
         found.outputs = found.run(model, watched)
-    found.logits = logits_of(found.outputs)
+    found.logits = read(found.outputs)
     found.end = None if found.logits is None else place(found.logits)
     found.images = watched if gradients else None
     return found

@@ -24,7 +24,6 @@ from ..explainer import Explainer
 from ..model.head import Head, rows_per_pass
 from ..model.layouts import Layout
 from ..utilities.named import evaluate
-from ..utilities.outputs import logits_of
 from ..utilities.targets import as_targets, place_targets
 from .values import ShapleyValues
 
@@ -82,7 +81,9 @@ class Game:
         self._layout: Layout = explainer.layout_of(self._layer, module, self._head.activations, images)
         self._activations = self._layout.view(self._head.activations)  # [N, C, S]
         self.batch = images.shape[0]
-        placed, self._poison = place_targets(as_targets(targets), logits_of(self._head.outputs), self.batch, images.device)
+        placed, self._poison = place_targets(
+            as_targets(targets), self._utility.logits_of(self._head.outputs), self.batch, images.device
+        )
         if placed is not None and placed.shape[1] != 1:
             raise InputError(f"The game explains one class per image, got {placed.shape[1]}. Play one game for each.")
         self.targets = None if placed is None else placed[:, 0]
@@ -211,7 +212,7 @@ class Game:
         self._layout.view(altered).copy_(torch.where(keep, self._activations[rows], self._baseline[rows]))
         outputs = self._head(altered, rows)
         targets = None if self.targets is None else self.targets[rows]
-        value = evaluate(self._utility.rows(rows), outputs, logits_of(outputs), targets, rows.shape[0])
+        value = evaluate(self._utility.rows(rows), outputs, self._utility.logits_of(outputs), targets, rows.shape[0])
         worth: Tensor = value.detach().double()
         return worth if self._poison is None else worth + self._poison[rows]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.coefficients import COEFFICIENTS, Coefficients
+from .outputs import Output, flat, logits_of
 
 UtilityFunction = Callable[[Any, Tensor | None], Tensor]
 
@@ -33,6 +34,8 @@ class Utility:
         gradient: ``(p_c [N, M]) -> Coefficients`` of dU/dz; None for a user's own callable.
         curvature: ``(p_c, v_c, s) -> Coefficients`` of (d²U/dz²)v; None for a user's own callable.
         curved: False where d²U/dz² is known to vanish.
+        output: where the logits are in what the model returns: "auto", a key or attribute, a position, or a callable; see
+            :func:`shapleycam.utilities.outputs.logits_of`.
 
     Raises:
         InputError: a gradient without a curvature or the reverse, or one of the three is no callable of that many arguments.
@@ -44,6 +47,7 @@ class Utility:
     gradient: Callable[[Tensor], Coefficients] | None = None
     curvature: Callable[[Tensor, Tensor, Tensor], Coefficients] | None = None
     curved: bool = True
+    output: Output = "auto"
 
     def __post_init__(self) -> None:
         _check_callable(self.value, f"The value of utility {self.name!r}", "(outputs, targets)")
@@ -69,6 +73,19 @@ class Utility:
         return row is not None and all(
             getattr(self, part) is getattr(row, part) for part in ("value", "gradient", "curvature", "curved")
         )
+
+    def logits_of(self, outputs: Any) -> Tensor | None:
+        """The logits in what a model returned; [N, K] also from a classifier's [N, K, 1, 1], where they are to be named rows.
+
+        Raises:
+            InputError: there is no tensor where ``output`` says.
+        """
+        found = logits_of(outputs, self.output)
+        return flat(found) if found is not None and self.named else found
+
+    def sees_logits_only(self, outputs: Any, logits: Tensor | None) -> bool:
+        """Whether the logits are all of the outputs that the value is given, so that it is a function of them."""
+        return self.named or outputs is logits or (logits is not None and bool(getattr(self.value, "reads_logits", False)))
 
     def rows(self, rows: Tensor) -> Utility:
         """This utility for other rows: entry i belongs to image ``rows[i]`` (int64 [B]) of the batch.
@@ -166,21 +183,26 @@ def get_utility(utility: str | UtilityFunction | Utility) -> Utility:
 def evaluate(utility: Utility, outputs: Any, logits: Tensor | None, targets: Tensor | None, batch: int) -> Tensor:
     """U per image [N] as a differentiable tensor; a user's callable is checked for what it returns.
 
+    A callable that only looks at the logits says so by an attribute ``reads_logits``, and gets them instead of the outputs.
+
     Raises:
         InputError: a named utility without logits, or a callable whose result is not a floating tensor [N].
     """
     if utility.named:
         if logits is None or logits.ndim != 2:
-            what = type(outputs).__name__ if logits is None else f"a tensor of shape {tuple(logits.shape)}"
+            # [N, ...], as this may be about the few images that the explainer looks at first.
+            shape = () if logits is None else ("N", *logits.shape[1:])
+            what = type(outputs).__name__ if logits is None else f"a tensor [{', '.join(map(str, shape))}]"
             raise InputError(
                 f"Utility {utility.name!r} needs logits [N, K], but the model returned {what}. "
                 "Pass your own utility=(outputs, targets) -> [N] for such a model."
             )
         return utility.value(logits, targets)
-    value = utility.value(outputs, targets)
+    seen = logits if logits is not None and getattr(utility.value, "reads_logits", False) else outputs
+    value = utility.value(seen, targets)
     if not isinstance(value, Tensor) or value.shape != (batch,) or not value.is_floating_point():
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise InputError(
-            f"The utility {utility.name!r} must return one floating value per image, [{batch}]; it returned {got}."
+            f"The utility {utility.name!r} must return one floating value per image, [N]; for {batch} images it returned {got}."
         )
     return value

@@ -25,7 +25,7 @@ from ...errors import InputError
 from ...explainer import Explainer
 from ...explanation import Explanation
 from ...methods.table import PAPER_METHODS
-from ...utilities.outputs import logits_of
+from ...utilities.outputs import Output, flat, logits_of
 
 
 def drop(p: Tensor, masked: Tensor) -> Tensor:
@@ -140,23 +140,28 @@ def measure(
     for maps, sharers in _distinct(found):
         again = explainer.compare(mask(images, maps), classes, sharers, args=args, kwargs=kwargs)
         with torch.no_grad():
-            deleted = _of_logits(explainer.inputs(mask(images, 1 - maps), args, kwargs).run(explainer.model), classes)
+            deleted = _of_logits(
+                explainer.inputs(mask(images, 1 - maps), args, kwargs).run(explainer.model), classes, explainer.utility.output
+            )
         for name in sharers:
             measured[name] = Measurement(classes, p, again[name].probabilities, deleted, maps, again[name].heatmaps())
     return {name: measured[name] for name in found}
 
 
-def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor, output: Output = "auto") -> Tensor:
     """Softmax probability of ``classes`` [N] for ``images``, [N] in float32 (float64 for a float64 model).
+
+    ``output`` says where the logits are in what the model returns, as for :class:`shapleycam.Explainer`.
 
     Raises:
         InputError: the model returned no logits [N, K].
     """
-    return _of_logits(model(images), classes)
+    return _of_logits(model(images), classes, output)
 
 
-def _of_logits(outputs: Any, classes: Tensor) -> Tensor:
-    logits = logits_of(outputs)
+def _of_logits(outputs: Any, classes: Tensor, output: Output) -> Tensor:
+    logits = logits_of(outputs, output)
+    logits = None if logits is None else flat(logits)
     if logits is None or logits.ndim != 2:
         raise InputError("The model returned no logits [N, K], so there are no class probabilities.")
     p = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
