@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch
-
 from .errors import InputError
 
 
@@ -21,6 +19,8 @@ def need(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'shapleycam[{extra}]'") from error
     except (ImportError, RuntimeError, OSError) as error:
+        import torch
+
         raise InputError(
             f"{module} does not load ({error}). torch {torch.__version__} and {module} must be releases that belong "
             f"together: pip install --upgrade 'shapleycam[{extra}]'"

@@ -10,11 +10,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .._version import __version__
+
 app = typer.Typer(
     help="Shapley-value-based class activation maps (arXiv 2501.06261).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 # Progress, warnings and errors; standard output carries the results alone.
@@ -28,7 +31,7 @@ def run(arguments: list[str] | None = None) -> int:
         try:
             status: Any = app(arguments, prog_name="shapleycam", standalone_mode=False)
         except KeyboardInterrupt:
-            return 130
+            return _interrupted()
         except BrokenPipeError:
             return 141
         except Exception as error:
@@ -41,14 +44,19 @@ def _status_of(error: Exception) -> int:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click or typer's own copy of it
         error.show()
         return int(error.exit_code)
-    if type(error).__name__ == "Abort":
-        return 130
+    if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
+        return _interrupted()
     from ..errors import ShapleyCamError
 
     if isinstance(error, (ShapleyCamError, OSError)):
         _stderr.print(f"[bold red]error:[/] {escape(str(error))}")
         return 2
     raise error
+
+
+def _interrupted() -> int:
+    _stderr.print("[bold red]interrupted[/]")
+    return 130
 
 
 def _show_warning(
@@ -69,11 +77,34 @@ Model = Annotated[str, typer.Option(help="efficientnet-lite0, or a torchvision o
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Backend = Annotated[str, typer.Option(help="auto, cuda, triton, native or torch; an explicit choice never falls back.")]
 Out = Annotated[Path, typer.Option(help="Folder for the pictures; made if it is missing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of a table.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"shapleycam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Shapley-value-based class activation maps (arXiv 2501.06261)."""
 
 
 @app.command()
 def explain(
-    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Image files, folders (the images in them), or - for an image on standard input.",
+            show_default=False,
+        ),
+    ],
     model: Model = "efficientnet-lite0",
     weights: Annotated[
         str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
@@ -91,10 +122,16 @@ def explain(
     colormap: Annotated[str, typer.Option(help="jet, turbo, viridis or magma.")] = "jet",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of the heatmap in the overlay.")] = 0.5,
     out: Out = Path("shapleycam-out"),
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Also the images in the folders below a folder.")
+    ] = False,
+    json: Json = False,
 ) -> int:
     """Explain what a network saw in IMAGES: a table, and an overlay (PNG) per image and class.
 
-    A file that cannot be read gets a row that says why, the others are still done, and the exit status is 1.
+    A file that cannot be read gets a row that says why, the others are still done, and the exit status is 1. After Ctrl-C the
+    table has the images that were done. An overlay is named after image, method and class, and after model, layer, utility
+    and the like where they are not the default.
     """
     from .explain import Options, explain_files
 
@@ -114,6 +151,8 @@ def explain(
         colormap=colormap,
         alpha=alpha,
         out=out,
+        recursive=recursive,
+        json=json,
     )
     return explain_files(images, options, _results(), _stderr)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..optional import need
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,6 +61,31 @@ def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None) ->
     except Exception as error:
         # Pillow's decoders let through whatever a damaged file provokes in them (SyntaxError, struct.error, …).
         raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}.") from error
+
+
+def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """The image files in a folder, relative to it and sorted: all with an ending that Pillow reads, hidden ones left out.
+
+    Args:
+        folder: where to look.
+        recursive: also in the folders below it.
+
+    Raises:
+        InputError: Pillow is not installed, or the folder cannot be read.
+    """
+    image = need("PIL.Image", "cli")
+    image.init()
+    known = set(image.registered_extensions())
+    try:
+        next(folder.iterdir(), None)  # glob would find nothing in a folder that it may not read
+        found = [
+            path.relative_to(folder)
+            for path in folder.glob("**/*" if recursive else "*")
+            if path.suffix.lower() in known and path.is_file()
+        ]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    return sorted((path for path in found if not any(part.startswith(".") for part in path.parts)), key=Path.as_posix)
 
 
 def _rgb(picture: Image) -> Image:

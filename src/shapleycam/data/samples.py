@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..optional import need
-from .images import Preprocess, read_image
+from .images import Preprocess, image_files, read_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,7 @@ class FolderSamples(Samples):
 
     def __init__(self, folder: Path, preprocess: Preprocess, limit: int | None = None) -> None:
         self.preprocess, self.folder = preprocess, folder
-        image = need("PIL.Image", "cli")
-        image.init()
-        known = set(image.registered_extensions())
-        found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
-        files = sorted((path for path in found if not any(part.startswith(".") for part in path.parts)), key=Path.as_posix)
+        files = image_files(folder, recursive=True)
         if not files:
             raise InputError(f"{folder} holds no image files.")
         #: names of all label folders, whatever the limit

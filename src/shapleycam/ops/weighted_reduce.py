@@ -77,10 +77,13 @@ def _magnitude(a: Tensor, g: Tensor, h: Tensor | None, pooling: str) -> Tensor:
         divisor = (total + EPS_ACTIVATION).abs()
         weight = (terms * size).sum(2, keepdim=True) / divisor * (1 + sizes / divisor)
         return (weight * size).sum(1)
+    # f(w) = w³ / D: what rounding w does to it, and what rounding D does.
     w = g if h is None else g - h / 2
-    divisor = (2 * w**2 + w**3 * total + EPS_PLUSPLUS).abs()
-    spread = (2 * terms**2 + terms**3 * sizes + EPS_PLUSPLUS) / divisor
-    weight = torch.where(w > 0, 4 * terms**3 / divisor * (1 + spread), 0.0).sum(2, keepdim=True)
+    divisor = 2 * w**2 + w**3 * total + EPS_PLUSPLUS
+    slope = (3 * w**2 * divisor - w**3 * (4 * w + 3 * w**2 * total)) / divisor**2
+    value = w**3 / divisor
+    spread = (2 * w**2 + w.abs() ** 3 * sizes) / divisor.abs()
+    weight = torch.where(w > 0, 4 * (slope.abs() * terms + value.abs() * (1 + spread)), 0.0).sum(2, keepdim=True)
     return (weight * size).sum(1)
 
 
