@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -127,6 +129,36 @@ int32_t overlay_cuda(uintptr_t images, int32_t dtype, int64_t n, int64_t height,
                                  static_cast<uint8_t*>(pointer(out)), pointer(stream));
 }
 
+// The enums of the C ABI by the names that Python has for them.
+using Codes = std::map<std::string, int32_t>;
+
+const Codes& dtypes() {
+  static const Codes codes = {{"float32", SHAPLEYCAM_FLOAT32},
+                              {"float64", SHAPLEYCAM_FLOAT64},
+                              {"float16", SHAPLEYCAM_FLOAT16},
+                              {"bfloat16", SHAPLEYCAM_BFLOAT16},
+                              {"uint8", SHAPLEYCAM_UINT8}};
+  return codes;
+}
+
+const Codes& poolings() {
+  static const Codes codes = {{"mean", SHAPLEYCAM_MEAN},
+                              {"elementwise", SHAPLEYCAM_ELEMENTWISE},
+                              {"elementwise_relu", SHAPLEYCAM_ELEMENTWISE_RELU},
+                              {"activation", SHAPLEYCAM_ACTIVATION},
+                              {"positive_gradient", SHAPLEYCAM_POSITIVE_GRADIENT},
+                              {"plusplus", SHAPLEYCAM_PLUSPLUS}};
+  return codes;
+}
+
+const Codes& utilities() {
+  static const Codes codes = {{"logit", SHAPLEYCAM_LOGIT},
+                              {"probability", SHAPLEYCAM_PROBABILITY},
+                              {"log_probability", SHAPLEYCAM_LOG_PROBABILITY},
+                              {"rest", SHAPLEYCAM_REST}};
+  return codes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -140,6 +172,9 @@ PYBIND11_MODULE(_native, module) {
   module.attr("has_cuda") = false;
   module.attr("cuda_operators") = std::vector<const char*>{};
 #endif
+  module.attr("dtypes") = dtypes();
+  module.attr("poolings") = poolings();
+  module.attr("utilities") = utilities();
   module.def("status_text", &shapleycam_status_text);
   module.def("cpu_variant", &shapleycam_cpu_variant);
   module.def("weighted_reduce_workspace_cpu", &shapleycam_weighted_reduce_workspace_cpu);

@@ -10,4 +10,16 @@ from .weighted_reduce import weighted_reduce
 #: What is implemented here, as the ladder of backends reads it.
 OPERATORS = ("weighted_reduce", "channel_weighted_sum", "utility_rows", "class_maps", "display_map", "overlay")
 
-__all__ = ["OPERATORS", "channel_weighted_sum", "class_maps", "display_map", "overlay", "utility_rows", "weighted_reduce"]
+#: The rows of weighted_reduce that are.
+POOLINGS = ("mean", "elementwise", "elementwise_relu", "activation", "positive_gradient", "plusplus")
+
+__all__ = [
+    "OPERATORS",
+    "POOLINGS",
+    "channel_weighted_sum",
+    "class_maps",
+    "display_map",
+    "overlay",
+    "utility_rows",
+    "weighted_reduce",
+]

@@ -11,12 +11,14 @@ if not torch.cuda.is_available():
 import importlib.util
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from types import ModuleType
 
 import pytest
 from torch import Tensor, nn
 
-from shapleycam.ops import ladder, launch
+from shapleycam import ops
+from shapleycam.ops.backends import LADDER, Call
+from shapleycam.ops.backends.compiled import Compiled
 
 from .helpers import wake
 
@@ -26,9 +28,25 @@ if emulated := os.environ.get("SHAPLEYCAM_CUDA_ON_CPU"):
     assert spec is not None and spec.loader is not None
     sys.modules["shapleycam._native"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["shapleycam._native"])
-    operators = tuple(sys.modules["shapleycam._native"].cuda_operators)
-    ladder._cuda_status = lambda: ladder.BackendStatus(True, "CUDA kernels on the CPU", ("cpu",), operators)
-    launch._device, launch._stream = lambda tensor: nullcontext(), lambda tensor: 0
+
+    class CudaOnCpu(Compiled):
+        """The CUDA kernels on the CPU, where they are named: there are no streams, and no device to go to."""
+
+        name = "cuda"
+        suffix = "cuda"
+
+        def status_of(self, module: ModuleType) -> ops.BackendStatus:
+            return ops.BackendStatus(True, "CUDA kernels on the CPU", ("cpu",), tuple(module.cuda_operators))
+
+        def volunteers(self, call: Call) -> bool:
+            return False
+
+        def queue(self, tensor: Tensor) -> int:
+            return 0
+
+    # For the whole session, and while the test files are collected.
+    _emulator = LADDER.holding(CudaOnCpu())
+    _emulator.__enter__()
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-#: (rtol, atol) against float64 for results accumulated in float32 from inputs that are exact in their own dtype.
-TOLERANCE = {torch.float64: (1e-11, 1e-11), torch.float32: (2e-5, 2e-5)}
+from shapleycam.ops.tolerance import TOLERANCE
+
+__all__ = ["TOLERANCE"]  # (rtol, atol) against float64, by the dtype of the result: the package's own table
 
 
 class Split(nn.Module):

@@ -35,5 +35,21 @@ class BackendError(ShapleyCamError, RuntimeError):
     """An operator backend that was named explicitly cannot serve the call."""
 
 
+class KernelMismatch(ShapleyCamError, RuntimeError):
+    """A fused operator's result differs from the reference's by more than the tolerance (:class:`shapleycam.ops.checking`).
+
+    Attributes:
+        operator, backend: which kernel.
+        index: of the worst element of the result.
+        got, expected: its value, and the reference's in float64.
+    """
+
+    operator: str = ""
+    backend: str = ""
+    index: tuple[int, ...] = ()
+    got: float = float("nan")
+    expected: float = float("nan")
+
+
 class ShapleyCamWarning(UserWarning):
     """Category of every warning that shapleycam gives."""

@@ -2,33 +2,39 @@
 
 images ── trunk (no gradients) ── A ── head (gradients only here) ── U ── derivative engine ── g, HA
                                   │                                                            │
-                                  └───────────── ops.weighted_reduce ◄─────────────────────────┘
-                                                       │
-                                                   Explanation (heatmaps, overlay)
+                                  └───────────────── methods.reduce ◄──────────────────────────┘
+                                                           │
+                                                      Explanation (heatmaps, overlay)
+
+The model is studied once (:mod:`shapleycam.plan`); a call is then: check, run the plan's engine, reduce, explain.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .derivatives.engines import ENGINES, Derived, HeadChanged, Terms
+from .derivatives import ENGINES, Derivatives, Terms
 from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
-from .methods.eigen import principal_map
-from .methods.perturbation import Scene, ablation_weights, check_chunk, poison, score_weights
+from .methods.perturbation import SOURCES, ForwardPass, check_chunk
+from .methods.reduce import reduce
 from .methods.table import PAPER_METHODS, Method, get_method
-from .model.layers import LayerSpec, check_stem, named_layers, token_facts
+from .model.inputs import Inputs, as_inputs
+from .model.layers import LayerSpec, check_stem
 from .model.layouts import Layout, ReshapeTransform
-from .plan import Plan, Wishes, derive, make_plan, warn
+from .model.pooled_linear import Outdated
+from .model.state import ModeCheck, explained_by_state, refuse_frozen
+from .plan import Facts, Plan, Settings, layer_names, study, warn
 from .utilities.named import Utility, UtilityFunction, get_utility
+from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
 
 
@@ -36,8 +42,9 @@ class Explainer:
     """Attribution maps for a vision model, in one forward pass.
 
     The first call studies the model on two of the images (which layer, which layout, which head, which derivative engine) and
-    remembers it; :meth:`prepare` does that ahead of time. Every later call is one forward pass of the model, the derivative
-    of the part behind the target layer, and one fused reduction, without a device synchronisation.
+    remembers it until a module of the model is replaced, added or removed; :meth:`prepare` does that ahead of time. Every
+    later call is one forward pass of the model, the derivative of the part behind the target layer, and one fused reduction,
+    without a device synchronisation.
 
     The model is never changed: hooks live for one call, ``.grad`` and ``requires_grad`` are not touched, and the mode is
     not switched. A model in training mode is refused (see ``Raises``), because batch statistics would make one image's
@@ -48,8 +55,8 @@ class Explainer:
     Args:
         model: the model, in evaluation mode; it returns logits [N, K] (or an object with ``.logits``).
         layer: "auto"; a module; a dotted name ("layer4.2", "layer4[-1]"); or a list of them, whose maps are averaged.
-        method: a row of :data:`shapleycam.METHODS`, by name.
-        utility: a row of :data:`shapleycam.UTILITIES`, or a callable ``(outputs, targets [N]) -> [N]``.
+        method: an entry of :data:`shapleycam.METHODS`, by name.
+        utility: an entry of :data:`shapleycam.UTILITIES`, or a callable ``(outputs, targets [N]) -> [N]``.
         engine: "auto", or "closed_form", "reverse_over_reverse", "forward_over_reverse", "midpoint".
         backend: "auto", or "cuda", "triton", "native", "torch"; an explicit choice never falls back.
         layout: "auto"; a kind such as "NHWC" or "NTC"; a :class:`shapleycam.Layout`; or a
@@ -57,11 +64,17 @@ class Explainer:
         seed: the seed of RandomCAM.
         chunk: how many masked images (ScoreCAM) or altered activations (AblationCAM) go through the model at once; None for a
             number that suits the device and their size.
+        images_as: the keyword under which the model takes the images ("pixel_values"), where they are not its first
+            positional argument.
+        output: where the logits are in what the model returns: "auto" (the tensor itself, ``.logits``, ``["logits"]`` or
+            ``["out"]``, or the first of several), a key or attribute, a position, or a callable ``(outputs) -> logits``. A
+            model whose logits look like probabilities is warned of, unless this says that they are logits.
 
     Raises:
-        InputError: unknown method, utility, engine or backend, or a chunk that is no positive number.
+        InputError: unknown method, utility, engine or backend, a utility that does not take (outputs, targets), a chunk that
+            is no positive number, or an output that cannot say where the logits are.
         LayerError: a named layer does not exist.
-        ModelStateError: ``model`` is not an ``nn.Module``, or is compiled.
+        ModelStateError: ``model`` is not an ``nn.Module``, or is compiled, scripted, traced or exported.
     """
 
     def __init__(
@@ -75,6 +88,8 @@ class Explainer:
         layout: str | Layout | ReshapeTransform = "auto",
         seed: int = 0,
         chunk: int | None = None,
+        images_as: str | None = None,
+        output: Output = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelStateError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -82,38 +97,73 @@ class Explainer:
             raise ModelStateError(
                 "The model is compiled by torch.compile, whose graphs skip hooks. Pass the original module (model._orig_mod)."
             )
+        refuse_frozen(model)
         if engine not in ("auto", *ENGINES):
             raise InputError(f"Unknown engine {engine!r}: expected 'auto', {', '.join(map(repr, ENGINES))}.")
-        self.model = model
-        self.method = get_method(method)
-        self.utility = get_utility(utility)
         if backend not in ("auto", *ops.ORDER):
             raise InputError(f"Unknown backend {backend!r}: expected 'auto', {', '.join(map(repr, ops.ORDER))}.")
-        self.engine, self.backend = engine, backend
-        named = None if isinstance(layer, str) and layer == "auto" else tuple(named_layers(model, layer))
-        self._wishes = Wishes(model, named, self.method, self.utility, engine, layout, token_facts(model), backend)
-        self._modal = tuple((name, module) for name, module in model.named_modules() if _depends_on_mode(module))
-        self._plans: dict[int, Plan] = {}  # by the order of the derivatives they were studied for
-        self._lock = threading.RLock()
+        if images_as is not None and (not isinstance(images_as, str) or not images_as.isidentifier()):
+            raise InputError(f"images_as must be the name of a keyword argument, such as 'pixel_values', got {images_as!r}.")
+        asked = get_utility(utility)
+        if output != "auto":
+            asked = replace(asked, output=check_output(output))
+        self._settings = Settings(
+            model,
+            layer_names(model, layer),
+            get_method(method),
+            asked,
+            engine,
+            backend,
+            layout,
+            check_chunk(chunk),
+            images_as,
+        )
         self._seed = seed
-        self._chunk = check_chunk(chunk)
+        self._start()
+
+    def _start(self) -> None:
+        self._mode = ModeCheck(self.model)
+        self._facts: Facts | None = None
+        self._plans: dict[int, Plan] = {}  # by the order of the derivatives
+        self._lock = threading.RLock()
         self._generator: torch.Generator | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: all but what was learned about the model, which it learns again."""
+        learned = ("_mode", "_facts", "_plans", "_lock", "_generator")
+        return {name: value for name, value in self.__dict__.items() if name not in learned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
     def __repr__(self) -> str:
-        layers = [name for name, _ in self._plan.layers] if self._plan else [n for n, _ in self._wishes.layers or ()] or "auto"
-        engine = self._plan.engine if self._plan else self.engine
+        plan = self._plans.get(self.method.order)
+        layers = [name for name, _ in plan.layers] if plan else list(self._settings.layers or ()) or "auto"
+        engine = plan.engine if plan and plan.order else self.engine
         return (
             f"Explainer({type(self.model).__name__}, layer={layers}, method={self.method.name!r}, "
             f"utility={self.utility.name!r}, engine={engine!r}, backend={self.backend!r})"
         )
 
-    @property
-    def _plan(self) -> Plan | None:
-        return self._plans.get(self.method.order)
+    model = property(lambda self: self._settings.model, doc="The model; read-only, as all settings are.")
+    method = property(lambda self: self._settings.method, doc="The entry of the method table that calls use.")
+    utility = property(lambda self: self._settings.utility, doc="The utility.")
+    engine = property(lambda self: self._settings.engine, doc="The engine that was asked for.")
+    backend = property(lambda self: self._settings.backend, doc="The operator backend that was asked for.")
 
     # ------------------------------------------------------------------------------------------------- the road
 
-    def __call__(self, images: Tensor, targets: Any = None, *, with_norms: bool = False, with_gap: bool = False) -> Explanation:
+    def __call__(
+        self,
+        images: Tensor,
+        targets: Any = None,
+        *,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        with_norms: bool = False,
+        with_gap: bool = False,
+    ) -> Explanation:
         """Explain a batch.
 
         Args:
@@ -121,6 +171,9 @@ class Explainer:
             targets: the classes to explain: None for the predicted ones, an int for all images, integers [N], or [N, M] for
                 M classes per image. A tensor on an accelerator is not range-checked on the host; an image whose target is
                 out of range gets a map of NaN.
+            args, kwargs: what the model takes besides the images: ``model(images, *args, **kwargs)``. Tensors in them, also
+                in lists and mappings, whose first dimension is N belong to the images row by row and are cut with them; put
+                one that does not into :class:`shapleycam.model.inputs.Whole`.
             with_norms: also return |HA| / |g| per image.
             with_gap: also return the completeness gap per image; outside the closed form this costs a forward pass.
 
@@ -131,22 +184,30 @@ class Explainer:
             ModelStateError: the model is in training mode.
             DerivativeError: no path from the layer to the utility, or an operator without the derivative needed.
         """
-        targets = as_targets(targets)
         if with_norms and self.method.order == 0:
             raise InputError(f"Method {self.method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
-        plan, derived = self._derive(images, targets, (self.method,), with_norms, with_gap)
-        return self._finish(self.method, plan, derived, images, targets, with_norms, with_gap)
+        if with_gap and self.method.order == 0:
+            raise InputError(f"Method {self.method.name!r} has no derivatives, so it has no completeness gap.")
+        inputs = self.inputs(images, args, kwargs)
+        [explanation] = self._explain(inputs, targets, (self.method,), with_norms, with_gap)
+        return explanation
 
     def compare(
-        self, images: Tensor, targets: Any = None, methods: str | Method | Sequence[str | Method] = PAPER_METHODS
+        self,
+        images: Tensor,
+        targets: Any = None,
+        methods: str | Method | Sequence[str | Method] = PAPER_METHODS,
+        *,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Explanation]:
         """Explain a batch by several methods at the price of one: they share a forward pass and its derivatives.
 
         The maps are those of one explainer per method. RandomCAM draws from this explainer's own random numbers.
 
         Args:
-            images, targets: as for :meth:`__call__`.
-            methods: rows of :data:`shapleycam.METHODS`, by name, each once; all of the paper's by default.
+            images, targets, args, kwargs: as for :meth:`__call__`.
+            methods: entries of :data:`shapleycam.METHODS`, by name, each once; all of the paper's by default.
 
         Returns:
             an explanation per method, under its name, in the order asked for.
@@ -154,224 +215,190 @@ class Explainer:
         Raises:
             InputError: no method, an unknown one, or one twice; otherwise as :meth:`__call__`.
         """
-        rows = [get_method(method) for method in ((methods,) if isinstance(methods, (str, Method)) else methods)]
-        names = [row.name for row in rows]
-        if not rows or len(set(names)) < len(names):
+        chosen = [get_method(method) for method in ((methods,) if isinstance(methods, (str, Method)) else methods)]
+        names = [method.name for method in chosen]
+        if not chosen or len(set(names)) < len(names):
             raise InputError(f"methods must name at least one method, and each once; got {names}.")
+        inputs = self.inputs(images, args, kwargs)
+        return dict(zip(names, self._explain(inputs, targets, chosen, False, False), strict=True))
+
+    def _explain(
+        self, inputs: Inputs, targets: Any, methods: Sequence[Method], with_norms: bool, with_gap: bool
+    ) -> list[Explanation]:
         targets = as_targets(targets)
-        plan, derived = self._derive(images, targets, rows, False, False)
-        return {row.name: self._finish(row, plan, derived, images, targets, False, False) for row in rows}
+        orders = {method.order for method in methods}
+        # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
+        wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
+        with torch.inference_mode(False), explained_by_state(self.model):  # its tensors cannot be saved for a backward
+            self._check(inputs, targets)
+            plan, found = self._derive(inputs, targets, max(orders), wanted)
+            with torch.no_grad():
+                found.mark_images(inputs.images)
+                return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
+
+    def _check(self, inputs: Inputs, targets: Any) -> None:
+        try:
+            changed = self._mode.check()
+        except ModelStateError:
+            self._forget()  # the check sees a change once
+            raise
+        if changed:
+            self._forget()
+        if self._facts is not None and self._facts.stem is not None:
+            check_stem(self._facts.stem, inputs.images)
+        # Whether they are in range, the engine sees by the logits: a classifier may have been replaced.
+        check_targets(targets, inputs.images.shape[0], None)
+
+    def _derive(self, inputs: Inputs, targets: Any, order: int, wanted: dict[str, bool]) -> tuple[Plan, Derivatives]:
+        """The plan and what its engine finds. A model that is not what was learned about it is studied again.
+
+        Where the closed form does not even hold for the images that it was studied with, it is done without.
+        """
+        without, said = None, ""
+        for attempt in range(3):
+            try:
+                plan = self._plans.get(order) or self._study(order, inputs, targets, without)
+                if wanted["with_baseline"] and len(plan.layers) > 1:
+                    raise InputError("The completeness gap is defined for one target layer; ask for it with a single layer.")
+                return plan, plan.run(plan.request(self._settings, inputs, targets, **wanted))
+            except Outdated as change:
+                said = str(change)
+                self._forget()
+                without = said if attempt else None
+        raise ModelStateError(
+            f"The model changes from one forward pass to the next: {said}. Explain it while nothing edits it."
+        )
+
+    def _finish(
+        self,
+        method: Method,
+        plan: Plan,
+        found: Derivatives,
+        inputs: Inputs,
+        targets: Any,
+        with_norms: bool,
+        with_gap: bool,
+    ) -> Explanation:
+        images, several = inputs.images, isinstance(targets, Tensor) and targets.ndim == 2
+        on_host = images.device.type == "cpu"  # where asking for a number waits for nothing
+        raws, served = [], "torch"
+        for index, term in enumerate(found.terms):
+            source = SOURCES.get(method.source)
+            alpha = None if source is None else source(self._shown(plan, found, index, inputs))
+            raw, served = self._reduce(method, term, alpha, found.classes)  # [N, M, S]
+            raw = raw if found.nan_mark is None else raw + found.nan_mark[:, None, None].to(raw.dtype)
+            raw = raw.view(*raw.shape[:2], *term.layout.grid)
+            raws.append(raw if several else raw[:, 0])
+
+        def pick(each: Tensor | None) -> Tensor | None:
+            return each if several or each is None else each[:, 0]
+
+        explanation = Explanation(
+            outputs=found.outputs,
+            logits=found.logits,
+            targets=pick(found.targets),
+            raws=tuple(raws),
+            image_size=tuple(images.shape[2:]),
+            diagnostics=Diagnostics(
+                method=method.name,
+                utility=self.utility.name,
+                engine=found.engine if method.order else "none",
+                backend=served,
+                layers=tuple(name for name, _ in plan.layers),
+                layouts=tuple(term.layout for term in found.terms),
+                notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ())),
+            ),
+            hvp_ratio=pick(found.norm_ratio() if with_norms else None),
+            gap=pick(found.gap(method.order) if with_gap else None),
+            backend=self.backend,
+        )
+        if on_host and not all(isfinite(raw.sum().item()) for raw in raws) and not bool(explanation.finite.all()):
+            wrong = (~explanation.finite).nonzero().flatten().tolist()
+            warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
+        return explanation
+
+    def _shown(self, plan: Plan, found: Derivatives, index: int, inputs: Inputs) -> ForwardPass:
+        return ForwardPass(
+            model=self.model,
+            layer=plan.layers[index],
+            pooled=plan.facts.pooled if self.engine in ("auto", "closed_form") else None,
+            utility=self.utility,
+            inputs=inputs.with_images(inputs.images.detach()),
+            term=found.terms[index],
+            outputs=found.outputs,
+            logits=found.logits,
+            targets=found.targets,
+            chunk=self._settings.chunk,
+            draw=self._draw,
+        )
+
+    def _reduce(self, method: Method, term: Terms, alpha: Tensor | None, classes: int) -> tuple[Tensor, str]:
+        return reduce(method, term, alpha, classes, self.backend)
+
+    # ------------------------------------------------------------------------------------------- what it remembers
+
+    def prepare(
+        self, images: Tensor, targets: Any = None, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Plan:
+        """Study the model on the first two of ``images`` and remember the findings; returns the plan.
+
+        Costs a few forward passes of two images. Calling it again is free, until the model is edited.
+
+        Args:
+            images, targets, args, kwargs: as for :meth:`__call__`; a utility of your own is called with these targets.
+
+        Raises:
+            As :meth:`__call__`.
+        """
+        inputs = self.inputs(images, args, kwargs)
+        targets = as_targets(targets)
+        with torch.inference_mode(False), explained_by_state(self.model):
+            self._check(inputs, targets)
+            plan = self._plans.get(self.method.order)
+            if plan is None:
+                try:
+                    plan = self._study(self.method.order, inputs, targets)
+                except Outdated as change:
+                    plan = self._study(self.method.order, inputs, targets, without=str(change))
+        return plan
+
+    def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
+        """A call's arguments as one :class:`shapleycam.model.inputs.Inputs`, checked.
+
+        Raises:
+            InputError: as :meth:`__call__`.
+        """
+        return as_inputs(images, args, kwargs, self._settings.images_as)
+
+    def layout_of(self, name: str, module: nn.Module, activations: Tensor, images: Tensor) -> Layout:
+        """How this explainer reads the output of a target layer, after :meth:`prepare`; see :class:`shapleycam.Layout`.
+
+        Raises:
+            ModelStateError: the model was not studied yet.
+        """
+        if self._facts is None:
+            raise ModelStateError("The model was not studied yet: call prepare(images) first.")
+        return self._facts.layout_of(name, module, activations, images)
 
     def reseed(self, seed: int) -> None:
         """Start RandomCAM's random numbers again, from ``seed``."""
         with self._lock:
             self._seed, self._generator = seed, None
 
-    def prepare(self, images: Tensor) -> Plan:
-        """Study the model on the first two of ``images`` and remember the findings; returns the plan.
-
-        Costs a few forward passes of two images. Calling it again is free.
-
-        Raises:
-            As :meth:`__call__`.
-        """
-        return self._study(self._wishes, images)
-
-    def layout_of(self, name: str, module: nn.Module, activations: Tensor, images: Tensor) -> Layout:
-        """How this explainer reads the output of a target layer; see :class:`shapleycam.Layout`."""
-        return self._wishes.layout_of(name, module, activations, images)
-
-    def _study(self, wishes: Wishes, images: Tensor) -> Plan:
+    def _study(self, order: int, inputs: Inputs, targets: Any, without: str | None = None) -> Plan:
         with self._lock:
-            plan = self._plans.get(wishes.method.order)
-            if plan is None:
-                self._check(images, None)
-                with torch.inference_mode(False):
-                    plan = self._plans[wishes.method.order] = make_plan(wishes, images[:2].detach().clone())
-            return plan
+            if order not in self._plans:
+                plan = study(self._settings, inputs, targets, order, self._facts, without)
+                self._facts, self._plans[order] = plan.facts, plan
+            return self._plans[order]
 
-    def _derive(
-        self, images: Tensor, targets: Any, methods: Sequence[Method], with_norms: bool, with_gap: bool
-    ) -> tuple[Plan, Derived]:
-        """The plan, and the derivatives of the highest order that one of the methods needs."""
-        self._check(images, targets)
-        orders = {method.order for method in methods}
-        wishes = replace(self._wishes, method=max(methods, key=lambda method: method.order))
-        # First-order methods read g and norms are those of g and HA; other maps and the gap need their combination only.
-        combined = not with_norms and not {1, 2} <= orders
-        with torch.inference_mode(False):  # whose tensors cannot be saved for a backward pass
-            request = partial(wishes.request, images=images, targets=targets, baseline=with_gap, combined=combined)
-            plan = self._plans.get(wishes.method.order) or self._study(wishes, images)
-            try:
-                return plan, derive(plan, request(plan))
-            except HeadChanged:
-                # The model was edited since the plan was made: look again, once.
-                with self._lock:
-                    self._plans.clear()
-                plan = self._study(wishes, images)
-                return plan, derive(plan, request(plan))
+    def _forget(self) -> None:
+        with self._lock:
+            self._facts, self._plans = None, {}
 
-    def _finish(
-        self,
-        method: Method,
-        plan: Plan,
-        derived: Derived,
-        images: Tensor,
-        targets: Any,
-        with_norms: bool,
-        with_gap: bool,
-    ) -> Explanation:
-        with torch.inference_mode(False), torch.no_grad():
-            # NaN for an image with NaN or Inf in it, else 0: a network may swallow either, its map must not.
-            poison = images.detach().flatten(1).sum(1, dtype=torch.promote_types(images.dtype, torch.float32)) * 0
-            if derived.poison is not None:
-                poison = poison + derived.poison
-            several = isinstance(targets, Tensor) and targets.ndim == 2
-            raws, served = [], "torch"
-            for index, term in enumerate(derived.terms):
-                raw, served = self._reduce(method, plan, derived, index, images)  # [N, M, S]
-                raw = (raw + poison[:, None, None].to(raw.dtype)).unflatten(2, term.layout.grid)
-                raws.append(raw if several else raw[:, 0])
-            norms = _norm_ratio(derived.terms) if with_norms else None
-            gap = _gap(derived) if with_gap else None
-        pick = (lambda t: t) if several else (lambda t: t[:, 0])
-        explanation = Explanation(
-            outputs=derived.outputs,
-            logits=derived.logits,
-            targets=None if derived.targets is None else pick(derived.targets),
-            raws=tuple(raws),
-            image_size=tuple(images.shape[2:]),
-            diagnostics=Diagnostics(
-                method=method.name,
-                utility=self.utility.name,
-                engine=derived.engine if method.order else "none",
-                backend=served,
-                layers=tuple(name for name, _ in plan.layers),
-                layouts=tuple(term.layout for term in derived.terms),
-                notes=plan.notes if method.order == 2 else (),  # they speak of the Hessian term
-            ),
-            hvp_ratio=None if norms is None else pick(norms),
-            gap=None if gap is None else pick(gap),
-            backend=self.backend,
-        )
-        if images.device.type == "cpu" and not bool(explanation.finite.all()):
-            wrong = (~explanation.finite).nonzero().flatten().tolist()
-            warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
-        return explanation
-
-    def _reduce(self, method: Method, plan: Plan, derived: Derived, index: int, images: Tensor) -> tuple[Tensor, str]:
-        """One layer's signed maps [N, M, S], and the backend that made them."""
-        term = derived.terms[index]
-        a = term.activations
-        if method.pooling == "eigen":
-            classes = 1 if derived.targets is None else derived.targets.shape[1]
-            weighted = [a] if method.order == 0 else [a * g for g in term.gradients]
-            return torch.stack([principal_map(w) for w in weighted], 1).expand(-1, classes, -1), "torch"
-        if method.order == 0:
-            alpha = self._channel_weights(method, plan, derived, index, images)
-            served = ops.select("channel_weighted_sum", a, alpha, backend=self.backend)
-            return ops.channel_weighted_sum(a, alpha, backend=served), served
-        hvps = term.hvps if method.order == 2 else [None] * len(term.gradients)
-        if method.linear and term.gradients[0].shape[2] == 1:
-            # The weight is constant over the positions: one read of A serves every class.
-            weights = [g if h is None else g - h / 2 for g, h in zip(term.gradients, hvps, strict=True)]
-            alpha = torch.stack([w[:, :, 0] for w in weights], 1)
-            served = ops.select("channel_weighted_sum", a, alpha, backend=self.backend)
-            return ops.channel_weighted_sum(a, alpha, backend=served), served
-        maps, served = [], "torch"
-        for g, h in zip(term.gradients, hvps, strict=True):
-            g = g.expand_as(a)
-            h = None if h is None else h.expand_as(a)
-            served = ops.select("weighted_reduce", a, g, h, pooling=method.pooling, backend=self.backend)
-            maps.append(ops.weighted_reduce(a, g, h, method.pooling, backend=served))
-        return torch.stack(maps, 1), served
-
-    def _channel_weights(self, method: Method, plan: Plan, derived: Derived, index: int, images: Tensor) -> Tensor:
-        """The weights [N, M, C] of a method without derivatives."""
-        term = derived.terms[index]
-        if method.pooling == "random":
-            return self._random(term.activations, 1 if derived.targets is None else derived.targets.shape[1])
-        scene = Scene(
-            model=self.model,
-            layer=plan.layers[index],
-            linear=plan.linear if plan.engine == "closed_form" else None,
-            utility=self.utility,
-            images=images.detach(),
-            term=term,
-            outputs=derived.outputs,
-            logits=derived.logits,
-            targets=derived.targets,
-            chunk=self._chunk,
-        )
-        if method.pooling == "score":
-            alpha = score_weights(scene)
-        else:
-            alpha = ablation_weights(scene, floor=method.pooling == "ablation_floor")
-        return alpha + poison(term.activations)[:, None, None].to(alpha.dtype)
-
-    def _random(self, activations: Tensor, classes: int) -> Tensor:
+    def _draw(self, activations: Tensor, classes: int) -> Tensor:
         with self._lock:
             if self._generator is None or self._generator.device != activations.device:
                 self._generator = torch.Generator(activations.device).manual_seed(self._seed)
             shape = (activations.shape[0], classes, activations.shape[1])
             return torch.rand(shape, generator=self._generator, device=activations.device) * 2 - 1
-
-    def _check(self, images: Any, targets: Any) -> None:
-        plan = self._plan
-        if not isinstance(images, Tensor):
-            raise InputError(
-                f"images must be a torch.Tensor, got {type(images).__name__}. Use torch.from_numpy or torch.stack."
-            )
-        if not images.is_floating_point():
-            raise InputError(
-                f"images must be floating and normalised as the model expects, got {images.dtype}. For 0..255 pixels: "
-                "images.float() / 255, then subtract the mean and divide by the standard deviation."
-            )
-        if images.ndim < 3:
-            raise InputError(f"images must be [N, channels, *spatial], got shape {tuple(images.shape)}.")
-        if images.numel() == 0:
-            raise InputError(f"images is an empty batch, shape {tuple(images.shape)}: pass at least one image.")
-        if plan is not None and plan.stem is not None:
-            check_stem(plan.stem, images)
-        check_targets(targets, images.shape[0], plan.classes if plan is not None else None)
-        training = [name or type(module).__name__ for name, module in self._modal if module.training]
-        if training:
-            raise ModelStateError(
-                f"The model is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}): batch norm "
-                "and dropout would make the maps wrong. Call model.eval() first; the explainer leaves the mode to you."
-            )
-
-
-def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether training mode may change what a module computes; a module that is not torch's own may do anything."""
-    if not type(module).__module__.startswith("torch.nn.modules"):
-        return True
-    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase)) or (
-        isinstance(module, nn.MultiheadAttention) and module.dropout > 0
-    )
-
-
-def _norm_ratio(terms: Sequence[Terms]) -> Tensor:
-    """|HA| / |g| per image and class [N, M], over all target layers; 0 where the Hessian term is structurally zero."""
-    columns = []
-    for m in range(len(terms[0].gradients)):
-        g2 = sum(term.gradients[m].flatten(1).float().square().sum(1) for term in terms)
-        assert isinstance(g2, Tensor)
-        h2 = torch.zeros_like(g2)
-        for term in terms:
-            h = term.hvps[m]
-            if h is not None:
-                h2 = h2 + h.flatten(1).float().square().sum(1)
-        columns.append((h2 / g2).sqrt())
-    return torch.stack(columns, 1)
-
-
-def _gap(derived: Derived) -> Tensor:
-    """U(A) - U(0) - Σ A·w per image and class [N, M]."""
-    [term] = derived.terms
-    assert derived.value is not None and derived.baseline is not None
-    explained = []
-    for g, h in zip(term.gradients, term.hvps, strict=True):
-        w = g if h is None else g - h / 2
-        explained.append((term.activations * w).flatten(1).sum(1, dtype=derived.value.dtype))
-    return derived.value - derived.baseline - torch.stack(explained, 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import ops
 from .errors import InputError
@@ -36,9 +38,13 @@ class Diagnostics:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Explanation:
     """Maps for a batch of N images, on the model's device, with nothing waited for.
+
+    It is a sequence of its images: ``len(e)`` is N, ``e[2:5]`` the explanation of three of them, ``e[e.finite]`` of those that
+    a mask picks, and iterating gives explanations of one image each. :meth:`to` and :meth:`cpu` move it, and it can be pickled.
+    Two explanations are equal only if they are the same object; compare their tensors.
 
     Attributes:
         outputs: what the model returned.
@@ -62,6 +68,74 @@ class Explanation:
     hvp_ratio: Tensor | None = None
     gap: Tensor | None = None
     backend: str = "auto"
+
+    def __repr__(self) -> str:
+        how, raw = self.diagnostics, self.raws[0]
+        several = f" of {raw.shape[1]} classes" if self._multi else ""
+        maps = ", ".join(f"{tuple(r.shape[2 if self._multi else 1 :])}" for r in self.raws)
+        return (
+            f"{type(self).__name__}({len(self)} images{several}, method={how.method!r}, utility={how.utility!r}, "
+            f"layers={list(how.layers)}, maps={maps}, engine={how.engine!r}, {raw.dtype}, device='{raw.device}')"
+        )
+
+    def __len__(self) -> int:
+        return self.raws[0].shape[0]
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Self:
+        """The explanation of some of the images, always as a batch: ``e[3]`` is a batch of one, so that it has heatmaps.
+
+        In ``outputs``, which may hold anything, every tensor whose first dimension is N is cut, and a list of N mappings (as
+        detectors return it); everything else stays whole.
+
+        Args:
+            rows: an int (from the end if negative), a slice, a sequence of ints, or a tensor, int [R] or bool [N].
+
+        Raises:
+            InputError: an index of another type or shape, or out of range.
+        """
+        count = len(self)
+        index = _index(rows, count)
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[index if isinstance(index, slice) else index.to(tensor.device)]
+
+        def cut_rows(tensor: Tensor) -> Tensor:
+            return cut(tensor) if tensor.ndim and tensor.shape[0] == count else tensor
+
+        if isinstance(self.outputs, list) and len(self.outputs) == count and all(isinstance(o, Mapping) for o in self.outputs):
+            outputs: Any = [self.outputs[i] for i in cut(torch.arange(count)).tolist()]
+        else:
+            outputs = tree_map_only(Tensor, cut_rows, self.outputs)
+        return self._each(cut, outputs, lambda view: view[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device; a backend that was named stays so only on devices of the same kind."""
+        device = torch.device(device)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        moved = self._each(move, tree_map_only(Tensor, move, self.outputs), lambda view: view.to(device))
+        return moved if device.type == self.raws[0].device.type else replace(moved, backend="auto")
+
+    def cpu(self) -> Self:
+        """The same in host memory; waits for the device."""
+        return self.to("cpu")
+
+    def _each(self, change: Callable[[Tensor], Tensor], outputs: Any, view: Callable[[Explanation], Explanation]) -> Self:
+        """This with every tensor of its own changed; ``view`` is for the explanations in it, where a subclass holds some."""
+        return replace(
+            self,
+            outputs=outputs,
+            logits=None if self.logits is None else change(self.logits),
+            targets=None if self.targets is None else change(self.targets),
+            raws=tuple(change(raw) for raw in self.raws),
+            hvp_ratio=None if self.hvp_ratio is None else change(self.hvp_ratio),
+            gap=None if self.gap is None else change(self.gap),
+        )
 
     @property
     def raw(self) -> Tensor:
@@ -185,3 +259,41 @@ class Explanation:
         if len(wanted) != dims or any(not isinstance(s, int) or s < 1 for s in wanted):
             raise InputError(f"size must be {dims} positive integers for maps of {dims} dimensions, got {size!r}.")
         return wanted
+
+
+def _index(rows: Any, count: int) -> slice | Tensor:
+    """``rows`` as what cuts the first dimension of a tensor: a slice that goes forward, or int64 [R] in host memory."""
+    if isinstance(rows, slice):
+        try:
+            chosen = range(*rows.indices(count))
+        except TypeError as error:
+            raise InputError(f"A slice of an explanation must be of ints, got {rows!r}.") from error
+        return rows if chosen.step > 0 else torch.tensor(chosen, dtype=torch.int64)
+    if not isinstance(rows, bool) and not (isinstance(rows, Tensor) and (rows.ndim or rows.dtype == torch.bool)):
+        try:
+            i = operator.index(rows)
+        except TypeError:
+            pass
+        else:
+            if not -count <= i < count:
+                raise InputError(f"Image {i} is out of range: the explanation is of {count} images.")
+            i %= count
+            return slice(i, i + 1)
+    try:
+        index = rows.cpu() if isinstance(rows, Tensor) else torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"An explanation is indexed by an int, a slice, ints [R] or a mask [N], got {rows!r}.") from error
+    if index.numel() == 0 and index.ndim == 1:
+        index = index.long()  # of an empty list
+    mask = index.dtype == torch.bool
+    if index.ndim != 1 or index.is_floating_point() or index.is_complex() or (mask and len(index) != count):
+        raise InputError(
+            f"An explanation of {count} images is indexed by an int, a slice, ints [R] or a mask [{count}], got {index.dtype} "
+            f"{tuple(index.shape)}."
+        )
+    if mask:
+        return index.nonzero().flatten()
+    wrong = index[(index < -count) | (index >= count)]
+    if wrong.numel():
+        raise InputError(f"Image {int(wrong[0])} is out of range: the explanation is of {count} images.")
+    return index.long() % count

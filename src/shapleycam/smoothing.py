@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .explainer import Explainer
 from .explanation import Explanation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Smoothed(Explanation):
     """An explanation whose heatmaps are the mean of several views' heatmaps.
 
@@ -39,6 +39,11 @@ class Smoothed(Explanation):
         """Bool [N] on the device: whether all views' maps hold neither NaN nor Inf."""
         return torch.stack([view.finite for view, _ in self.views]).all(0)
 
+    def _each(self, change: Callable[[Tensor], Tensor], outputs: Any, view: Callable[[Explanation], Explanation]) -> Self:
+        # Not super(): dataclass makes the class anew to give it slots.
+        same = Explanation._each(self, change, outputs, view)
+        return replace(same, views=tuple((view(one), mirrored) for one, mirrored in self.views))
+
 
 def smoothed(
     explainer: Explainer,
@@ -47,6 +52,8 @@ def smoothed(
     *,
     mirror: bool = True,
     factors: Sequence[float] = (0.9, 1.0, 1.1),
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Smoothed:
     """Explain a batch through several views of it: as it is and mirrored left to right, each multiplied by every factor.
 
@@ -59,6 +66,7 @@ def smoothed(
         images, targets: as for :meth:`Explainer.__call__`. The factors multiply the images as given, so normalised ones.
         mirror: whether to take the mirrored views too.
         factors: finite numbers other than 0; 1 need not be among them.
+        args, kwargs: what the model takes besides the images; the same for all views.
 
     Raises:
         InputError: ``factors`` is empty or holds something else, the utility is tied to places in the image (which would have
@@ -71,7 +79,7 @@ def smoothed(
             f"The utility {explainer.utility.name!r} is tied to places in the image, which do not move when the image is "
             "mirrored. Use mirror=False."
         )
-    plain = explainer(images, targets)
+    plain = explainer(images, targets, args=args, kwargs=kwargs)
     if plain.targets is not None:
         targets = plain.targets
     views = []
@@ -79,6 +87,6 @@ def smoothed(
         view = images.flip(-1) if mirrored else images
         for factor in factors:
             same = factor == 1 and not mirrored
-            views.append((plain if same else explainer(view * factor, targets), mirrored))
+            views.append((plain if same else explainer(view * factor, targets, args=args, kwargs=kwargs), mirrored))
     known = {field.name: getattr(plain, field.name) for field in fields(Explanation)}
     return Smoothed(**known, views=tuple(views))

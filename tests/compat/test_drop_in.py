@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from shapleycam import InputError, LayerError, ModelStateError, ShapleyCamWarning, TargetError, compat
-from shapleycam.compat import engine
-from shapleycam.compat.engine import principal_map
+from shapleycam.compat import explainers
+from shapleycam.compat.explainers import principal_map
 
 peer = pytest.importorskip("pytorch_grad_cam")
 peer_targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
@@ -89,7 +89,7 @@ def test_maps_are_pytorch_grad_cams(model, images, name, kind, eigen_smooth, mon
     assert ours.std() > 0.05, "a dead map proves nothing"
     if eigen_smooth and (name, type(model).__name__) in SIGN_IS_CHANCE:
         # Rounding decides between the two: see the test below.
-        monkeypatch.setattr(engine, "principal_map", lambda weighted: -principal_map(weighted))
+        monkeypatch.setattr(explainers, "principal_map", lambda weighted: -principal_map(weighted))
         turned, _ = run(compat, name, model, [model.second], images, TARGETS[kind](compat), eigen_smooth=True)
         monkeypatch.undo()
         same = np.abs(ours - theirs).max((1, 2), keepdims=True) < np.abs(turned - theirs).max((1, 2), keepdims=True)

@@ -9,7 +9,7 @@ import torch.nn.attention
 from torch import nn
 
 from shapleycam import UTILITIES, DerivativeError, Explainer, ShapleyCamWarning
-from shapleycam.plan import derive as run_engine
+from shapleycam.model.inputs import Inputs
 from shapleycam.utilities import evaluate, get_utility
 
 from ..helpers import Pick, Split, small_heads
@@ -35,7 +35,7 @@ def derive(model, images, targets, **options):
     """The gradient and Hessian-vector product of every class, [N, M, C, S], through the public road."""
     explainer = Explainer(model, "target", **options)
     plan = explainer.prepare(images)
-    [term] = run_engine(plan, explainer._wishes.request(plan, images, targets)).terms
+    [term] = plan.run(plan.request(explainer._settings, Inputs(images), targets)).terms
     a = term.activations
     zero = torch.zeros_like(a)
     return (
@@ -225,7 +225,7 @@ def test_exact_shapley_values_of_a_quadratic_utility(engine):
     explainer = Explainer(model, "target", "shapleycam-h", lambda z, t: value(z), engine=engine, layout="NCHW")
     images = torch.zeros(1, 3, 2, 2, dtype=torch.float64)
     plan = explainer.prepare(images)
-    [term] = run_engine(plan, explainer._wishes.request(plan, images)).terms
+    [term] = plan.run(plan.request(explainer._settings, Inputs(images))).terms
     w = term.gradients[0] - term.hvps[0] / 2
     torch.testing.assert_close((term.activations * w).flatten(), shapley, rtol=1e-10, atol=1e-10)
     result = explainer(images, with_gap=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shapleycam import Explainer, ops
-from shapleycam.ops import contract
+from shapleycam.ops.shared import POOLINGS
 from shapleycam.shapley import Game
 
 from ..helpers import Split, small_heads
@@ -114,9 +114,7 @@ def calls(backend):
     generator = torch.Generator(DEVICE).manual_seed(1)
     a, g, h = (torch.rand(3, 40, 49, device=DEVICE, generator=generator) for _ in range(3))
     alpha = torch.rand(3, 2, 40, device=DEVICE, generator=generator)
-    found = {
-        row: ((a, g, h), lambda a, g, h, r=row: ops.weighted_reduce(a, g, h, r, backend=backend)) for row in contract.POOLINGS
-    }
+    found = {row: ((a, g, h), lambda a, g, h, r=row: ops.weighted_reduce(a, g, h, r, backend=backend)) for row in POOLINGS}
     found["sum"] = ((a, alpha), lambda a, alpha: ops.channel_weighted_sum(a, alpha, backend=backend))
     found["display"] = ((a[:, 0].view(3, 7, 7),), lambda raw: ops.display_map(raw, (19, 33), backend=backend))
     found["overlay"] = (
@@ -126,7 +124,7 @@ def calls(backend):
     return found
 
 
-NAMES = [*contract.POOLINGS, "sum", "display", "overlay"]
+NAMES = [*POOLINGS, "sum", "display", "overlay"]
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import math
 import torch
 
 from shapleycam import ops
-from shapleycam.ops import contract
+from shapleycam.ops.shared import POOLINGS
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
             last = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in stored]
             part = [t[:, : c // 2 + 1] for t in stored]  # images with a gap between them
             for a, g, h in (stored, last, part):
-                for pooling in contract.POOLINGS:
+                for pooling in POOLINGS:
                     out = ops.weighted_reduce(a, g, h, pooling, backend="cuda")
                     expected = ops.weighted_reduce(a, g, h, pooling, backend="torch")
                     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())

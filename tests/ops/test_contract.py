@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shapleycam import BackendError, DerivativeError, InputError, ops
-from shapleycam.ops import contract, library, reference
+from shapleycam.ops import reference
+from shapleycam.ops.shared import POOLINGS
 
 from ..helpers import TOLERANCE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+REGISTERED = torch.ops.shapleycam
 LAYOUTS = ["first", "last", "tokens", "misaligned", "transposed"]
 
 
@@ -94,7 +96,7 @@ def exact(activations, gradient, hvp, pooling):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pooling", contract.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weighted_reduce(backend, pooling, dtype, layout, monkeypatch):
@@ -109,7 +111,7 @@ def test_weighted_reduce(backend, pooling, dtype, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pooling", contract.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_mixed_layouts_and_dtypes_and_constant_weights(backend, pooling):
     a = draw((2, 19, 21), torch.bfloat16, 0, positive=True)
     g, h = draw((2, 19, 21), torch.float32, 1), draw((2, 19, 21), torch.float16, 2)
@@ -133,7 +135,7 @@ SHAPES = st.tuples(st.integers(0, 5), st.integers(1, 70), st.integers(1, 70))
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     shape=SHAPES,
-    pooling=st.sampled_from(contract.POOLINGS),
+    pooling=st.sampled_from(POOLINGS),
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
     dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
     second=st.booleans(),
@@ -155,7 +157,7 @@ def test_more_than_one_block(backend, shape, layout):
     if backend == "triton" and DEVICE == "cpu" and shape[0] * shape[1] * shape[2] > 20000:
         shape = (1, 600, 20)  # the interpreter is slow; still several tiles
     a, g, h = draw(shape, torch.float32, 0, positive=True), draw(shape, torch.float32, 1), draw(shape, torch.float32, 2)
-    for pooling in contract.POOLINGS:
+    for pooling in POOLINGS:
         result = ops.weighted_reduce(*(place(t, layout) for t in (a, g, h)), pooling, backend=backend)
         check(result, exact(a, g, h, pooling), torch.float32)
     alpha = draw((shape[0], 3, shape[1]), torch.float32, 3)
@@ -179,7 +181,7 @@ ON_EXTENTS = [
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_extents_of_networks(backend, dtype, layout, shape, monkeypatch):
     """Channels in whole vectors and images that are one run of memory: what kernels with wide loads take."""
-    poolings = ("mean", "plusplus") if backend == "triton" else contract.POOLINGS
+    poolings = ("mean", "plusplus") if backend == "triton" else POOLINGS
     a, g, h = draw(shape, dtype, 0, positive=True), draw(shape, dtype, 1), draw(shape, dtype, 2)
     placed = [place(t, layout) for t in (a, g, h)]
     alphas = [draw((shape[0], rows, shape[1]), torch.float32, 3) for rows in (1, 3, 6)]
@@ -217,7 +219,7 @@ def test_channel_weighted_sum_on_any_shape(backend, shape, rows, layout, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pooling", contract.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", [0, 1, 2])
@@ -242,7 +244,7 @@ def test_native_results_do_not_depend_on_the_number_of_threads():
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append([ops.weighted_reduce(a, g, h, p, backend="native") for p in contract.POOLINGS])
+            results.append([ops.weighted_reduce(a, g, h, p, backend="native") for p in POOLINGS])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -330,17 +332,17 @@ def samples():
     a, g, h = (draw((2, 5, 12), torch.float32, i) for i in range(3))
     alpha = draw((2, 3, 5), torch.float32, 3)
     backend = "native" if DEVICE == "cpu" else "cuda"
-    yield library.weighted_reduce, (a, g, h, "mean", backend)
-    yield library.weighted_reduce, (a, g, None, "plusplus", "torch")
-    yield library.channel_weighted_sum, (a, alpha, backend)
-    yield library.display_map, (a[:, 0].unflatten(1, (3, 4)), [7, 9], True, None, "auto")
-    yield library.display_map, (a[:, 0].unflatten(1, (3, 4)), [7, 9], False, torch.uint8, "torch")
+    yield REGISTERED.weighted_reduce.default, (a, g, h, "mean", backend)
+    yield REGISTERED.weighted_reduce.default, (a, g, None, "plusplus", "torch")
+    yield REGISTERED.channel_weighted_sum.default, (a, alpha, backend)
+    yield REGISTERED.display_map.default, (a[:, 0].unflatten(1, (3, 4)), [7, 9], True, None, "auto")
+    yield REGISTERED.display_map.default, (a[:, 0].unflatten(1, (3, 4)), [7, 9], False, torch.uint8, "torch")
     images, heat = draw((2, 3, 4, 5), torch.float32), draw((2, 4, 5), torch.float32, positive=True)
-    yield library.overlay, (images, heat, "jet", 0.5, None, None, "auto")
-    yield library.overlay, (images, heat, "jet", 0.5, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7], "torch")
+    yield REGISTERED.overlay.default, (images, heat, "jet", 0.5, None, None, "auto")
+    yield REGISTERED.overlay.default, (images, heat, "jet", 0.5, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7], "torch")
 
 
-@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: f"{s[0]._name}-{s[1][-1]}")
+@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: f"{s[0].name()}-{s[1][-1]}")
 def test_opcheck(sample):
     torch.library.opcheck(*sample)
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shapleycam import BackendError, DerivativeError, InputError, ops
-from shapleycam.ops import contract, library
+from shapleycam.ops.shared import UTILITIES as NAMES
 from shapleycam.utilities import UTILITIES
 
 from ..helpers import TOLERANCE
@@ -60,7 +60,7 @@ def by_autograd(z, target, bias, utility, order, scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("utility", contract.UTILITIES)
+@pytest.mark.parametrize("utility", NAMES)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("biased", [False, True])
 def test_rows_are_the_derivatives_of_the_utility(backend, utility, order, biased):
@@ -81,7 +81,7 @@ def test_rows_are_the_derivatives_of_the_utility(backend, utility, order, biased
     k=st.one_of(st.integers(1, 70), st.sampled_from([1000, 1025, 2100])),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     biased=st.booleans(),
-    utility=st.sampled_from(contract.UTILITIES),
+    utility=st.sampled_from(NAMES),
     order=st.sampled_from([1, 2]),
     strided=st.sampled_from(["plain", "rows", "columns", "expanded"]),
 )
@@ -213,12 +213,12 @@ def test_the_whole_head_is_the_shapley_weight_by_autograd(backend, order):
 def samples():
     z, targets, a, alpha = draw(2, 5), torch.tensor([[1], [4]], device=DEVICE), draw(2, 5, 12), draw(2, 3, 5)
     for backend in ("torch", "native" if DEVICE == "cpu" else "cuda"):
-        yield library.utility_rows, (z, targets, z[0], "rest", 2, 0.5, backend)
-        yield library.utility_rows, (z, targets, None, "logit", 1, 0.5, backend)
-        yield library.class_maps, (a, alpha, [3, 4], [6, 7], True, None, backend)
+        yield torch.ops.shapleycam.utility_rows.default, (z, targets, z[0], "rest", 2, 0.5, backend)
+        yield torch.ops.shapleycam.utility_rows.default, (z, targets, None, "logit", 1, 0.5, backend)
+        yield torch.ops.shapleycam.class_maps.default, (a, alpha, [3, 4], [6, 7], True, None, backend)
 
 
-@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: f"{s[0]._name}-{s[1][-1]}")
+@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: f"{s[0].name()}-{s[1][-1]}")
 def test_opcheck(sample):
     torch.library.opcheck(*sample)
 

@@ -1,10 +1,16 @@
 """The table's gradients and curvatures against an explicit float64 Hessian."""
 
+import copy
+import dataclasses
+import functools
+import pickle
+
 import pytest
 import torch
 
-from shapleycam import UTILITIES, InputError
+from shapleycam import UTILITIES, InputError, Utility
 from shapleycam.utilities import evaluate, get_utility
+from shapleycam.utilities.tasks import SegmentationScore
 
 
 @pytest.mark.parametrize("name", UTILITIES)
@@ -68,3 +74,75 @@ def test_a_user_utility_must_return_one_value_per_image(result, match):
 def test_named_utility_needs_logits():
     with pytest.raises(InputError, match="your own utility"):
         evaluate(UTILITIES["rest"], {"boxes": []}, None, None, 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda outputs: outputs[:, 0],
+        lambda outputs, targets, more: outputs[:, 0],
+        lambda outputs, *, targets: outputs[:, 0],
+        type("Scorer", (torch.nn.Module,), {"forward": lambda self, outputs: outputs[:, 0]})(),
+    ],
+)
+def test_a_callable_must_take_outputs_and_targets(function):
+    with pytest.raises(InputError, match=r"must take \(outputs, targets\), but"):
+        get_utility(function)
+
+
+def test_what_can_be_called_so_is_taken():
+    class Bound:
+        def method(self, outputs, targets=None):
+            return outputs[:, 0]
+
+    free = lambda *arguments: arguments[0][:, 0]
+    partial = functools.partial(lambda index, outputs, targets: outputs[:, index], 0)
+    for function in (free, Bound().method, partial, torch.add, max):
+        get_utility(function)
+
+
+@pytest.mark.parametrize("wrong", [Utility, SegmentationScore, dict])
+def test_a_class_is_no_utility(wrong):
+    with pytest.raises(InputError, match=f"utility is the class {wrong.__name__}: pass"):
+        get_utility(wrong)
+
+
+def test_coefficients_come_together():
+    row = UTILITIES["rest"]
+    with pytest.raises(InputError, match="'mine' has a gradient but no curvature"):
+        Utility("mine", "U", row.value, gradient=row.gradient)
+    with pytest.raises(InputError, match="'mine' has a curvature but no gradient"):
+        Utility("mine", "U", row.value, curvature=row.curvature)
+    with pytest.raises(InputError, match=r"curvature of utility 'mine' must take \(p_c, v_c, s\)"):
+        Utility("mine", "U", row.value, row.gradient, row.gradient)
+    with pytest.raises(InputError, match="value of utility 'mine' must be a callable"):
+        Utility("mine", "U", None)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda u: pickle.loads(pickle.dumps(u))])
+@pytest.mark.parametrize("name", UTILITIES)
+def test_utilities_are_copied_and_pickled(name, again):
+    row = again(UTILITIES[name])
+    assert row == UTILITIES[name] and row.fused and row.named
+    assert not again(dataclasses.replace(row, value=_half)).fused
+
+
+def _half(z, targets):
+    return z.gather(1, targets[:, None])[:, 0] / 2
+
+
+def test_only_the_tables_own_rows_are_fused():
+    row = UTILITIES["rest"]
+    assert row.fused and get_utility("ReST").fused
+    other = UTILITIES["logit"]
+    for change in (
+        {"value": _half},
+        {"gradient": other.gradient},
+        {"curvature": other.curvature},
+        {"curved": False},
+        {"name": "mine"},
+        {"name": "logit"},
+    ):
+        changed = dataclasses.replace(row, **change)
+        assert changed.named and not changed.fused
+    assert not get_utility(_half).fused and not get_utility(_half).named

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..derivatives.engines import Terms
+from ..derivatives import Terms
 from ..errors import InputError, LayerError, TargetError
 from ..explanation import Explanation
 from ..methods.perturbation import ABLATION_FLOOR
 from ..methods.table import Method
 from ..model.layouts import ReshapeTransform
-from .engine import Engine, PerImage, Target
+from .explainers import DropInExplainer, PerImage, Target
 from .utils.model_targets import utility_of
 
 Maps = npt.NDArray[np.float32]
@@ -53,9 +53,9 @@ class ActivationsAndGradients:
     @property
     def gradients(self) -> list[Tensor]:
         return [
-            term.gradients[0].expand_as(term.activations).unflatten(2, term.layout.grid).cpu()
+            term.pairs(1)[0][0].expand_as(term.activations).unflatten(2, term.layout.grid).cpu()
             for term in self._terms
-            if term.gradients
+            if term.gradients or term.weights is not None
         ]
 
     def clear(self) -> None:
@@ -111,14 +111,14 @@ class BaseCAM:
         self.activations_and_grads = ActivationsAndGradients()
         self._layout = "auto" if reshape_transform is None else ReshapeTransform(reshape_transform)
         self._own = PerImage()
-        self._engines: dict[tuple[str, bool], Engine] = {}
+        self._explainers: dict[tuple[str, bool], DropInExplainer] = {}
         self._lock = threading.Lock()
-        self._engine("logit", False)  # a wrong model or layer is refused here and now
+        self._explainer("logit", False)  # a wrong model or layer is refused here and now
         model.eval()
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._engine('logit', False)!r})"
+        return f"{type(self).__name__}({self._explainer('logit', False)!r})"
 
     def __call__(
         self,
@@ -154,20 +154,20 @@ class BaseCAM:
         # With input of the wrong rank the explainer says so.
         chosen = None if targets is None else _check(targets, len(images) if images.ndim else 0)
         utility, classes = _recognise(chosen)
-        engine = self._engine(utility, eigen_smooth)
+        explainer = self._explainer(utility, eigen_smooth)
         with self._lock:
             self._own.targets = chosen or ()
-            engine.terms = []
-            engine.set_chunk(self.batch_size)
+            explainer.terms = []
+            explainer.set_chunk(self.batch_size)
             try:
                 # With the norms, gradient and Hessian-vector product come apart, for activations_and_grads.
-                explanation = engine(images, classes, with_norms=engine.method.order == 2)
+                explanation = explainer(images, classes, with_norms=explainer.method.order == 2)
             except (LayerError, InputError) as error:
                 error.add_note("In shapleycam.compat, layout= is reshape_transform=, and utility= is targets=.")
                 raise
             finally:
                 self._own.targets = ()
-                self.activations_and_grads._terms, engine.terms = engine.terms, []
+                self.activations_and_grads._terms, explainer.terms = explainer.terms, []
         self.outputs = explanation.outputs
         return _display(explanation)
 
@@ -182,10 +182,10 @@ class BaseCAM:
         mean: Maps = np.mean(np.array(maps, np.float32), axis=0)
         return mean
 
-    def _engine(self, utility: str, principal: bool) -> Engine:
+    def _explainer(self, utility: str, principal: bool) -> DropInExplainer:
         key = (utility, principal)
-        if key not in self._engines:
-            self._engines[key] = Engine(
+        if key not in self._explainers:
+            self._explainers[key] = DropInExplainer(
                 self.model,
                 self.target_layers,
                 self.method,
@@ -193,7 +193,7 @@ class BaseCAM:
                 layout=self._layout,
                 principal=principal,
             )
-        return self._engines[key]
+        return self._explainers[key]
 
     def __enter__(self) -> BaseCAM:
         return self

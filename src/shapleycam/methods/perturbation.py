@@ -9,21 +9,23 @@ Facts of both formulas are those of pytorch-grad-cam 1.5.7, against which they a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..derivatives.engines import Terms
-from ..errors import InputError
+from ..derivatives import Terms
+from ..errors import InputError, ShapleyCamError
 from ..model.head import Head, rows_per_pass
-from ..model.layers import affine_tolerance
+from ..model.inputs import Inputs
+from ..model.pooled_linear import PooledLinear, tolerance
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from .onednn import PackedConvolutions
 from .table import Method, get_method
 
@@ -34,7 +36,7 @@ from .table import Method, get_method
 ABLATION_FLOOR: Method = replace(
     get_method("ablationcam"),
     name="ablationcam-floor",
-    pooling="ablation_floor",
+    source="ablation_floor",
     formula="α_c = (U(A) - U(A with A_c = min A - 1e7·(1 + c mod 32))) / U(A), 0 in place of it where min A = 0; Σ_c α_c·A",
 )
 
@@ -45,49 +47,63 @@ _LOGIT_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class ForwardPass:
     """What one forward pass showed, and what is to be asked of the model.
 
     Attributes:
         model, layer: the user's model and the (name, module) of one target layer.
-        linear: the classifier, where the head was verified to be a mean over positions and this linear layer.
+        pooled: the pool-and-linear head, where it was verified and may be used.
         utility: the utility whose change is the score.
-        images: floating [N, channels, *spatial].
+        inputs: images, floating [N, channels, *spatial], and what the model takes besides.
         term: the layer's activations, as a view [N, C, S], and their layout.
         outputs, logits: of the forward pass.
         targets: int64 [N, M], or None for a utility without classes (M = 1).
         chunk: rows per pass; None for a number that fits the memory bounds above.
+        draw: ``(activations, M) -> [N, M, C]``, random numbers in [-1, 1).
     """
 
     model: nn.Module
     layer: tuple[str, nn.Module]
-    linear: nn.Linear | None
+    pooled: PooledLinear | None
     utility: Utility
-    images: Tensor
+    inputs: Inputs
     term: Terms
     outputs: Any
     logits: Tensor | None
     targets: Tensor | None
     chunk: int | None
+    draw: Callable[[Tensor, int], Tensor]
 
     @property
     def classes(self) -> int:
         """M, the number of classes per image."""
         return 1 if self.targets is None else self.targets.shape[1]
 
-    def score(self, outputs: Any, rows: Tensor | None = None) -> Tensor:
-        """U of outputs [B, ...] for every class [B, M]; ``rows`` [B] says whose image each row is (None: row i is image i)."""
+    def score(self, outputs: Any, rows: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+        """U of outputs [B, ...] for every class [B, M].
+
+        ``rows`` [B] says whose image each row is (None: row i is image i); ``logits`` are given where they are at hand.
+        """
         utility = self.utility if rows is None else self.utility.rows(rows)
-        batch = self.images.shape[0] if rows is None else rows.shape[0]
-        logits = logits_of(outputs)
+        batch = self.inputs.images.shape[0] if rows is None else rows.shape[0]
+        logits = self.utility.logits_of(outputs) if logits is None else logits
         columns: list[Tensor | None] = [None]
         if self.targets is not None:
             targets = self.targets if rows is None else self.targets[rows]
             columns = [targets[:, m] for m in range(targets.shape[1])]
-        return torch.stack([evaluate(utility, outputs, logits, column, batch) for column in columns], 1)
+        try:
+            return torch.stack([evaluate(utility, outputs, logits, column, batch) for column in columns], 1)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if utility.named or isinstance(error, (ShapleyCamError, torch.OutOfMemoryError)):
+                raise
+            raise InputError(
+                f"The utility {utility.name!r} failed on {batch} rows, which are altered versions of the batch's "
+                f"{self.inputs.images.shape[0]} images: {error}. If it holds something per image, give it a method rows(rows) "
+                "that returns the same utility for those images (int64 [B]); shapleycam.objectives has examples."
+            ) from error
 
 
-def score_weights(scene: Scene) -> Tensor:
+def score_weights(shown: ForwardPass) -> Tensor:
     """ScoreCAM's weights (Wang et al., CVPR workshops 2020): ``softmax over c of U(x · M_c)``.
 
     ``M_c`` is the channel resized to the image (linear, corners aligned) and scaled to [0, 1] by ``(m - min) / (max - min +
@@ -96,18 +112,18 @@ def score_weights(scene: Scene) -> Tensor:
     Returns:
         [N, M, C], in the utility's dtype, on the images' device.
     """
-    images, term = scene.images, scene.term
+    images, term = shown.inputs.images, shown.term
     maps = term.activations.unflatten(2, term.layout.grid)  # [N, C, *grid]
     if len(term.layout.grid) != images.ndim - 2:
         raise InputError(
-            f"ScoreCAM resizes the activations to the image, but layer {scene.layer[0]!r} has a map of "
+            f"ScoreCAM resizes the activations to the image, but layer {shown.layer[0]!r} has a map of "
             f"{len(term.layout.grid)} dimensions for images of {images.ndim - 2}. Choose another layer or method."
         )
     live = (term.activations != 0).any(2)  # [N, C]
     # The mask of a dead channel is zero: one black image stands for all of them.
     stand_in = ~live & ((~live).cumsum(1) == 1)
     size, mode = images.shape[2:], ("linear", "bilinear", "trilinear")[images.ndim - 3]
-    run = _Runner(scene.model, images)
+    run = _Runner(shown.model, shown.inputs)
 
     def ask(n: Tensor, c: Tensor) -> Tensor:
         masks = F.interpolate(maps[n, c][:, None].to(images.dtype), size, mode=mode, align_corners=True)
@@ -115,36 +131,36 @@ def score_weights(scene: Scene) -> Tensor:
         low, high = flat.amin(1), flat.amax(1)
         shape = (-1,) + (1,) * (images.ndim - 1)
         masks = (masks - low.view(shape)) / (high - low + 1e-8).view(shape)
-        return scene.score(run(images[n] * masks), n)
+        return shown.score(run(images[n] * masks, n), n)
 
-    scores = _ask_all(ask, live | stand_in, rows_per_pass(images[0], scene.chunk, _IMAGE_BYTES), scene.classes)  # [N, C, M]
+    scores = _ask_all(ask, live | stand_in, rows_per_pass(images[0], shown.chunk, _IMAGE_BYTES), shown.classes)  # [N, C, M]
     dead = scores.masked_fill(~stand_in[:, :, None], 0).sum(1, keepdim=True)
     scores = torch.where(live[:, :, None], scores, dead)
-    return scores.softmax(1).transpose(1, 2)
+    return _marked(scores.softmax(1).transpose(1, 2), shown)
 
 
-def ablation_weights(scene: Scene, *, floor: bool = False) -> Tensor:
+def ablation_weights(shown: ForwardPass, *, floor: bool = False) -> Tensor:
     """AblationCAM's weights (Desai and Ramaswamy, WACV 2020): ``(U(A) - U(A with channel c set to zero)) / U(A)``.
 
     For a pool-and-linear head the altered logits are ``z + W[:, c] (fill - mean A_c)``; elsewhere the head, and only the
     head, runs on the altered activations.
 
     Args:
-        scene: the forward pass.
+        shown: the forward pass.
         floor: fill as pytorch-grad-cam does; see :data:`ABLATION_FLOOR`.
 
     Returns:
         [N, M, C], in the utility's dtype (float64 in closed form), on the images' device. An image whose U(A) is 0 has weights
         of Inf or NaN, which make its map NaN.
     """
-    fill = _floor(scene.term.activations) if floor else None
-    if scene.linear is not None and (means := _verified_means(scene)) is not None:
-        return _ablate_linear(scene, scene.linear, means, fill)
-    head = Head(scene.model, scene.layer, scene.images)
-    channels_dim = scene.term.layout.channels_dim
+    fill = _floor(shown.term.activations) if floor else None
+    if shown.pooled is not None and (means := _verified_means(shown, shown.pooled.linear)) is not None:
+        return _ablate_linear(shown, shown.pooled.linear, means, fill)
+    head = Head(shown.model, shown.layer, shown.inputs)
+    channels_dim = shown.term.layout.channels_dim
     whole = head.activations
     live = (whole != 0).movedim(channels_dim, 1).flatten(2).any(2)
-    base = scene.score(head.outputs)
+    base = shown.score(head.outputs)
 
     def ask(n: Tensor, c: Tensor) -> Tensor:
         altered = whole[n]  # a copy
@@ -152,14 +168,19 @@ def ablation_weights(scene: Scene, *, floor: bool = False) -> Tensor:
         picked[torch.arange(n.shape[0], device=n.device), c] = (
             0.0 if fill is None else fill[n, c].view((-1,) + (1,) * (picked.ndim - 2)).to(picked.dtype)
         )
-        return scene.score(head(altered, n), n)
+        return shown.score(head(altered, n), n)
 
-    rows = rows_per_pass(whole[0], scene.chunk)
+    rows = rows_per_pass(whole[0], shown.chunk)
     # Setting a dead channel to zero changes nothing.
     tried = live if fill is None else torch.ones_like(live)
-    scores = _ask_all(ask, tried, rows, scene.classes)
+    scores = _ask_all(ask, tried, rows, shown.classes)
     scores = torch.where(tried[:, :, None], scores, base[:, None])
-    return ((base[:, None] - scores) / base[:, None]).transpose(1, 2)
+    return _marked(((base[:, None] - scores) / base[:, None]).transpose(1, 2), shown)
+
+
+def _marked(alpha: Tensor, shown: ForwardPass) -> Tensor:
+    """NaN for an image with NaN or Inf in its activations: a model may swallow either, its map must not."""
+    return alpha + nan_mark(shown.term.activations)[:, None, None].to(alpha.dtype)
 
 
 def _ask_all(ask: Callable[[Tensor, Tensor], Tensor], wanted: Tensor, rows: int, classes: int) -> Tensor:
@@ -177,22 +198,23 @@ def _ask_all(ask: Callable[[Tensor, Tensor], Tensor], wanted: Tensor, rows: int,
 class _Runner:
     """The model on masked images; on a CPU with the channels last in memory and packed weights, which is quicker."""
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self._model, self._inputs = model, inputs
+        images = inputs.images
         self._last = images.ndim == 4 and images.device.type == "cpu"
         self._packed = PackedConvolutions() if self._last and PackedConvolutions.available() else nullcontext()
 
-    def __call__(self, images: Tensor) -> Any:
+    def __call__(self, images: Tensor, rows: Tensor) -> Any:
         if self._last:
             try:
                 with self._packed:
-                    return self._model(images.contiguous(memory_format=torch.channels_last))
+                    last = images.contiguous(memory_format=torch.channels_last)
+                    return self._inputs.beside(last, rows).run(self._model)
             except RuntimeError as error:
                 if "view size is not compatible" not in str(error):
                     raise
-                # The model flattens with view(), which needs the channels first. The memory order changes no value.
-                self._last = False
-        return self._model(images.contiguous())
+                self._last = False  # a model that views its activations needs the channels first
+        return self._inputs.beside(images.contiguous(), rows).run(self._model)
 
 
 def _floor(activations: Tensor) -> Tensor:
@@ -202,13 +224,13 @@ def _floor(activations: Tensor) -> Tensor:
     return torch.where(low == 0, 0.0, low - 1e7 * steps)
 
 
-def _verified_means(scene: Scene) -> Tensor | None:
+def _verified_means(shown: ForwardPass, linear: nn.Linear) -> Tensor | None:
     """mean_s(A) [N, C] in float64, or None where the classifier no longer explains the logits (the model was edited)."""
-    linear, z = scene.linear, scene.logits
-    if z is None or z.ndim != 2 or not (scene.utility.named or scene.outputs is z or isinstance(scene.outputs, Tensor)):
+    z = shown.logits
+    plain = shown.utility.named or (isinstance(shown.outputs, Tensor) and shown.utility.output == "auto")
+    if z is None or z.ndim != 2 or not plain:
         return None  # a user's utility may want more of the outputs than the logits
-    assert linear is not None
-    means = scene.term.activations.mean(2, dtype=torch.float64)
+    means = shown.term.activations.mean(2, dtype=torch.float64)
     if z.shape[1] != linear.out_features or means.shape[1] != linear.in_features:
         return None
     predicted = means @ linear.weight.T.double()
@@ -216,29 +238,41 @@ def _verified_means(scene: Scene) -> Tensor | None:
         predicted = predicted + linear.bias.double()
     error = (predicted - z).norm(dim=1) / predicted.norm(dim=1)
     # Images with NaN say nothing about the head; their maps are NaN either way.
-    return means if bool((error.nan_to_num(0.0) <= affine_tolerance(scene.term.activations.dtype)).all()) else None
+    return means if bool((error.nan_to_num(0.0) <= tolerance(shown.term.activations.dtype)).all()) else None
 
 
-def _ablate_linear(scene: Scene, linear: nn.Linear, means: Tensor, fill: Tensor | None) -> Tensor:
-    assert scene.logits is not None
+def _ablate_linear(shown: ForwardPass, linear: nn.Linear, means: Tensor, fill: Tensor | None) -> Tensor:
+    assert shown.logits is not None
     columns = linear.weight.T.double()  # [C, K]
     # The difference of two utilities loses digits; these few products can be afforded in float64.
-    z = scene.logits.double()
+    z = shown.logits.double()
     step = -means if fill is None else fill - means
-    base = scene.score(z)
+    base = shown.score(z, None, z)
 
     def ask(n: Tensor, c: Tensor) -> Tensor:
-        return scene.score(torch.addcmul(z[n], step[n, c][:, None], columns[c]), n)
+        altered = torch.addcmul(z[n], step[n, c][:, None], columns[c])
+        return shown.score(altered, n, altered)
 
     everything = torch.ones_like(means, dtype=torch.bool)
-    scores = _ask_all(ask, everything, rows_per_pass(z[0], scene.chunk, _LOGIT_BYTES), scene.classes)
-    return ((base[:, None] - scores) / base[:, None]).transpose(1, 2)
+    scores = _ask_all(ask, everything, rows_per_pass(z[0], shown.chunk, _LOGIT_BYTES), shown.classes)
+    return _marked(((base[:, None] - scores) / base[:, None]).transpose(1, 2), shown)
 
 
-def poison(activations: Tensor) -> Tensor:
+def nan_mark(activations: Tensor) -> Tensor:
     """[N]: NaN for an image with NaN or Inf in its activations [N, C, S], else 0."""
     wide = torch.promote_types(activations.dtype, torch.float32)
     return (activations * 0).sum((1, 2), dtype=wide) if activations.numel() else activations.new_zeros(activations.shape[0])
+
+
+#: Where channel weights come from that need no derivative, by :attr:`Method.source`.
+SOURCES: Mapping[str, Callable[[ForwardPass], Tensor]] = MappingProxyType(
+    {
+        "random": lambda shown: shown.draw(shown.term.activations, shown.classes),
+        "score": score_weights,
+        "ablation": ablation_weights,
+        "ablation_floor": partial(ablation_weights, floor=True),
+    }
+)
 
 
 def check_chunk(chunk: Any) -> int | None:

@@ -1,7 +1,6 @@
-"""The method table: every attribution method is one row, not one class.
+"""The method table: every attribution method is one entry, not one class.
 
-A row says which derivatives a method needs and how its weight meets the activations (the ``pooling`` of
-:func:`shapleycam.ops.weighted_reduce`, or a source of channel weights that needs no derivative). With
+An entry says which derivatives a method needs, where its weight comes from, and how weight and activations become a map. With
 ``w = gradient - hvp / 2`` for the second-order rows and ``w = gradient`` for the first-order ones, the formulas are those
 of arXiv 2501.06261, section 4, under the names the paper uses.
 
@@ -21,16 +20,18 @@ from ..errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the method table.
+    """One entry of the method table.
 
     Attributes:
         name: the key, lower case ("shapleycam-h").
         title: the name as the literature writes it ("ShapleyCAM-H").
         order: the highest derivative it needs: 2 (gradient and Hessian-vector product), 1 (gradient) or 0.
-        pooling: the row of :func:`shapleycam.ops.weighted_reduce`. Without derivatives (order 0) it says where the channel
-            weights come from: "random", "score" or "ablation" (:mod:`shapleycam.methods.perturbation`). "eigen" is the first
-            principal component (:mod:`shapleycam.methods.eigen`) of A at order 0 and of g·A at order 1.
+        pooling: how weight and activations become a map: a row of :func:`shapleycam.ops.weighted_reduce`; "channels" for
+            channel weights and :func:`shapleycam.ops.channel_weighted_sum`; or "principal", the first principal component
+            (:mod:`shapleycam.methods.eigen`) of the weighted activations. See :mod:`shapleycam.methods.reduce`.
         formula: the map before the final ReLU.
+        source: where the weight comes from: "derivative" (w at order 2, g at order 1); "none" (1 everywhere); or a key of
+            :data:`shapleycam.methods.perturbation.SOURCES` ("random", "score", "ablation").
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method:
     order: int
     pooling: str
     formula: str
+    source: str = "derivative"
 
     @property
     def linear(self) -> bool:
@@ -62,14 +64,21 @@ _ROWS = (
         "plusplus",
         "α_c = Σ_s max(g, 0)·g² / (2g² + g³·Σ_s A + 1e-6), 0 where g = 0; Σ_c α_c·A",
     ),
-    Method("randomcam", "RandomCAM", 0, "random", "α_c ~ Uniform(-1, 1), seeded; Σ_c α_c·A"),
-    Method("scorecam", "ScoreCAM", 0, "score", "α_c = softmax_c U(image · A_c resized and scaled to [0, 1]); Σ_c α_c·A"),
-    Method("ablationcam", "AblationCAM", 0, "ablation", "α_c = (U(A) - U(A with A_c = 0)) / U(A); Σ_c α_c·A"),
-    Method("eigencam", "EigenCAM", 0, "eigen", "first principal component of A over the positions"),
-    Method("eigengradcam", "EigenGradCAM", 1, "eigen", "first principal component of g·A over the positions"),
+    Method("randomcam", "RandomCAM", 0, "channels", "α_c ~ Uniform(-1, 1), seeded; Σ_c α_c·A", "random"),
+    Method(
+        "scorecam",
+        "ScoreCAM",
+        0,
+        "channels",
+        "α_c = softmax_c U(image · A_c resized and scaled to [0, 1]); Σ_c α_c·A",
+        "score",
+    ),
+    Method("ablationcam", "AblationCAM", 0, "channels", "α_c = (U(A) - U(A with A_c = 0)) / U(A); Σ_c α_c·A", "ablation"),
+    Method("eigencam", "EigenCAM", 0, "principal", "first principal component of A over the positions", "none"),
+    Method("eigengradcam", "EigenGradCAM", 1, "principal", "first principal component of g·A over the positions"),
 )
 
-#: Every method by name: the rows of the paper's table, then those that pytorch-grad-cam's users know besides.
+#: Every method by name: those of the paper's table, then those that pytorch-grad-cam's users know besides.
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
 
 #: The names of the methods in the table of arXiv 2501.06261.
@@ -89,7 +98,7 @@ PAPER_METHODS = (
 
 
 def get_method(name: str | Method) -> Method:
-    """The row called ``name`` (case does not matter).
+    """The method called ``name`` (case does not matter).
 
     Raises:
         InputError: there is no such method; the message suggests the nearest names.

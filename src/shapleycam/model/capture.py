@@ -22,12 +22,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import LayerError, ModelStateError
 from .double_backward import TwiceDifferentiable
+from .inputs import Inputs
 
 Replace = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(slots=True)
-class Site:
+class CapturedLayer:
     """One target layer during one forward pass."""
 
     name: str
@@ -37,7 +38,7 @@ class Site:
     version: int = 0
 
     @property
-    def mutated(self) -> bool:
+    def written(self) -> bool:
         """Whether an operator behind the layer wrote into its output (an in-place ReLU, say)."""
         return self.activations is not None and self.activations._version != self.version
 
@@ -67,7 +68,7 @@ class Capture(AbstractContextManager["Capture"]):
         dual: bool = False,
     ) -> None:
         self.model = model
-        self.sites = [Site(name, module) for name, module in layers]
+        self.layers = [CapturedLayer(name, module) for name, module in layers]
         self.linear_calls: list[tuple[Tensor, Tensor]] = []
         self._gradients, self._copy, self._replace, self._linear = gradients, copy, replace, linear
         self._dual = dual
@@ -79,8 +80,8 @@ class Capture(AbstractContextManager["Capture"]):
         with ExitStack() as stack:
             # Restores the caller's grad mode on the way out, whatever the hook below turned on.
             stack.enter_context(torch.no_grad())
-            for index, site in enumerate(self.sites):
-                self._hook(stack, site.module, self._make_site_hook(index, site))
+            for index, captured in enumerate(self.layers):
+                self._hook(stack, captured.module, self._make_hook(index, captured))
             if self._linear is not None:
                 self._hook(stack, self._linear, self._on_linear)
             self._stack = stack.pop_all()
@@ -89,18 +90,19 @@ class Capture(AbstractContextManager["Capture"]):
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def run(self, images: Tensor) -> Any:
-        """The model's outputs; afterwards every site holds its layer's activations.
+    def run(self, inputs: Inputs) -> Any:
+        """The model's outputs; afterwards every captured layer holds its activations.
 
         Raises:
             LayerError: a target layer was reached twice, was not reached, or does not return a floating tensor.
         """
-        outputs = self.model(images)
-        for site in self.sites:
-            if site.activations is None:
+        outputs = inputs.run(self.model)
+        for captured in self.layers:
+            if captured.activations is None:
                 raise LayerError(
-                    f"Layer {site.name!r} was not reached in the forward pass. Choose a layer that the model runs for these "
-                    "images (a compiled or data-parallel model runs copies: pass the original module)."
+                    f"Layer {captured.name!r} was not reached in the forward pass. Choose a layer that the model runs for "
+                    "these images (a compiled or data-parallel model runs copies: pass the original module)."
+                    + checkpointing(self.model)
                 )
         return outputs
 
@@ -113,16 +115,16 @@ class Capture(AbstractContextManager["Capture"]):
             ) from error
         stack.callback(handle.remove)
 
-    def _make_site_hook(self, index: int, site: Site) -> Callable[..., Any]:
+    def _make_hook(self, index: int, captured: CapturedLayer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if threading.get_ident() != self._owner:
                 return None
-            if site.activations is not None:
+            if captured.activations is not None:
                 raise LayerError(
-                    f"Layer {site.name!r} was reached twice in one forward pass, so its map would be ambiguous. Choose a layer "
-                    "that runs once (for a module shared by several places, the block around one of them)."
+                    f"Layer {captured.name!r} was reached twice in one forward pass, so its map would be ambiguous. Choose a "
+                    "layer that runs once (for a module shared by several places, the block around one of them)."
                 )
-            found = tensor_of(output, site.name)
+            found = tensor_of(output, captured.name)
             outer = torch.is_grad_enabled() and found.requires_grad  # an earlier target layer has turned gradients on
             if self._gradients and not outer:
                 # Both end with the block. Entered here and not around the model, so that the trunk runs as it always does.
@@ -131,7 +133,7 @@ class Capture(AbstractContextManager["Capture"]):
             given = self._replace(index, found) if self._replace is not None else found
             if self._gradients and not outer:
                 given = given.detach().requires_grad_(True)
-            site.activations, site.version = given, given._version
+            captured.activations, captured.version = given, given._version
             if self._dual:
                 given = forward_ad.make_dual(given, given.detach())
             if self._copy:
@@ -141,8 +143,19 @@ class Capture(AbstractContextManager["Capture"]):
         return hook
 
     def _on_linear(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == self._owner and args and all(site.activations is not None for site in self.sites):
+        if threading.get_ident() == self._owner and args and all(captured.activations is not None for captured in self.layers):
             self.linear_calls.append((args[0], output))
+
+
+def checkpointing(model: nn.Module) -> str:
+    """A hint for messages, where gradient checkpointing is switched on: it runs blocks around their own calls, and twice."""
+    for name, module in model.named_modules():
+        if getattr(module, "grad_checkpointing", False) is True:  # timm's name for it
+            return (
+                f" Gradient checkpointing is on in {name or type(module).__name__!r}: it runs blocks past their hooks. Switch "
+                "it off while explaining: model.set_grad_checkpointing(False)."
+            )
+    return ""
 
 
 def tensor_of(output: Any, name: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
 from .capture import Capture
+from .inputs import Inputs
 
 #: What one pass may hold, in bytes of the tensor that is altered. On a CPU small passes stay in the cache.
 ACTIVATION_BYTES = {"cpu": 8 << 20, "other": 256 << 20}
@@ -34,7 +35,8 @@ class Head:
     Args:
         model: the model, in evaluation mode; it is left as it was.
         layer: (name, module) of the target layer.
-        images: floating [N, channels, *spatial] on the model's device: whose activations may be altered.
+        inputs: images [N, channels, *spatial] on the model's device, whose activations may be altered; alone, or with what
+            the model takes besides.
 
     Attributes:
         activations: the target layer's output for the images, [N, ...] in the layer's own layout.
@@ -46,15 +48,17 @@ class Head:
         LayerError: the layer is not reached, reached twice, or does not return one floating tensor.
     """
 
-    def __init__(self, model: nn.Module, layer: tuple[str, nn.Module], images: Tensor) -> None:
-        self._model, self._layer, self._images = model, layer, images
+    def __init__(self, model: nn.Module, layer: tuple[str, nn.Module], inputs: Inputs | Tensor) -> None:
+        self._model, self._layer = model, layer
+        self._inputs = Inputs(inputs) if isinstance(inputs, Tensor) else inputs
         with Capture(model, [layer], gradients=False) as capture:
-            self.outputs = capture.run(images)
-        [site] = capture.sites
-        assert site.activations is not None
+            self.outputs = capture.run(self._inputs)
+        [captured] = capture.layers
+        assert captured.activations is not None
         # The capture hands the head a copy, so this is the layer's output even where the head writes in place.
-        self.activations = site.activations
-        self.bypassed = not self._stands_alone()
+        self.activations = captured.activations
+        # What the model takes beside the images may reach the head too.
+        self.bypassed = self._inputs.extra or not self._stands_alone()
 
     def __call__(self, activations: Tensor, rows: Tensor | None = None) -> Any:
         """The model's outputs with ``activations`` in the place of the target layer's, without gradients.
@@ -71,31 +75,32 @@ class Head:
                 f"activations must be [B, {', '.join(map(str, self.activations.shape[1:]))}] for layer {self._layer[0]!r}, got "
                 f"{tuple(activations.shape)}."
             )
-        batch = self._images.shape[0] if rows is None else rows.shape[0]
+        batch = self._inputs.images.shape[0] if rows is None else rows.shape[0]
         if activations.shape[0] != batch:
             raise InputError(f"rows names {batch} images for {activations.shape[0]} activations: expected one each.")
         if not self.bypassed:
-            return self._run(self._images[:1], activations)
-        return self._run(self._images if rows is None else self._images[rows], activations)
+            return self._run(self._inputs.rows(slice(0, 1)), activations)
+        return self._run(self._inputs if rows is None else self._inputs.rows(rows), activations)
 
-    def _run(self, images: Tensor, activations: Tensor) -> Any:
+    def _run(self, inputs: Inputs, activations: Tensor) -> Any:
         # The copy keeps a head that writes in place from changing the caller's activations.
         with Capture(self._model, [self._layer], gradients=False, replace=lambda _, found: activations) as capture:
-            return capture.run(images)
+            return capture.run(inputs)
 
     def _stands_alone(self) -> bool:
         """Whether the outputs are a function of the target layer alone, seen by running the trunk on noise."""
-        generator = torch.Generator(self._images.device).manual_seed(0)
+        images = self._inputs.images
+        generator = torch.Generator(images.device).manual_seed(0)
         noise = torch.randn(
-            self._images[:1].shape, generator=generator, device=self._images.device, dtype=torch.float32
-        ) * self._images.float().std(correction=0).nan_to_num(1.0).clamp_min(1e-3)
+            images[:1].shape, generator=generator, device=images.device, dtype=torch.float32
+        ) * images.float().std(correction=0).nan_to_num(1.0).clamp_min(1e-3)
         activations, expected = self.activations, self.outputs
         if activations.shape[0] == 1:
             # A head that counts its images betrays itself with several rows only.
             activations = torch.cat((activations, activations))
-            expected = self._run(torch.cat((self._images, self._images)), activations)
+            expected = self._run(self._inputs.with_images(torch.cat((images, images))), activations)
         try:
-            outputs = self._run(noise.to(self._images.dtype), activations)
+            outputs = self._run(self._inputs.with_images(noise.to(images.dtype)), activations)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError):

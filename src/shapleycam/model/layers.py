@@ -20,18 +20,13 @@ __all__ = [
     "LayerSpec",
     "Record",
     "Survey",
-    "affine_error",
-    "affine_tolerance",
     "check_stem",
-    "final_linear",
     "find_layer",
     "named_layers",
-    "same_tensor",
     "survey",
     "token_facts",
 ]
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 #: How many of the last candidates the first question about gradients is about; each next one is about four times as many.
 _WINDOW = 4
 #: How many other layers may be tried in the place of one that is only a part of what the head reads; two forward passes each.
@@ -270,44 +265,3 @@ def _why_no_gradient(question: Question, candidates: Sequence[Candidate], gradie
 
 #: Utilities that are constants of one logit, whose softmax is 1.
 ONE_LOGIT = ("probability", "log_probability")
-
-
-def final_linear(seen: Survey, layers: Sequence[tuple[str, nn.Module]]) -> tuple[nn.Linear | None, str]:
-    """The linear layer whose output is the logits and which runs once, behind the target layer; or None and the reason."""
-    if seen.logits is None or seen.logits.ndim != 2:
-        return None, "the model does not return logits [N, K]"
-    done = [i for i, r in enumerate(seen.records) if any(r.module is module for _, module in layers)]
-    for i, record in enumerate(seen.records):
-        if isinstance(record.module, nn.Linear) and same_tensor(record.output, seen.logits):
-            if not done or i < max(done):
-                return None, f"the classifier {record.name!r} does not run behind the target layer"
-            if sum(r.module is record.module for r in seen.records) > 1:
-                return None, f"the classifier {record.name!r} runs more than once"
-            if record.input is None or record.input.ndim != 2:
-                return None, f"the classifier {record.name!r} does not read one vector per image"
-            return record.module, record.name
-    return None, "the logits are not the output of a linear layer"
-
-
-def same_tensor(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same memory in the same shape."""
-    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
-
-
-def affine_error(linear: nn.Linear, view: Tensor, logits: Tensor) -> float:
-    """Relative error of ``W·mean_s(A) + b`` as a prediction of the logits, in float64."""
-    mean = view.detach().double().mean(2)
-    if mean.shape[1] != linear.in_features:
-        return float("inf")
-    predicted = mean @ linear.weight.detach().double().T
-    actual = logits.detach().double()
-    if linear.bias is not None:
-        actual = actual - linear.bias.detach().double()
-    if actual.shape != predicted.shape:
-        return float("inf")
-    return float((actual - predicted).norm() / predicted.norm().clamp_min(1e-300))
-
-
-def affine_tolerance(dtype: torch.dtype) -> float:
-    """The relative error up to which a head counts as pool-and-linear; float32 leaves room for TF32 products."""
-    return _TOLERANCE.get(dtype, 1e-3)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..errors import DerivativeError
 from ..utilities.named import Utility, evaluate
-from ..utilities.outputs import logits_of
 from .capture import Capture, replace_tensor
 from .double_backward import TwiceDifferentiable
 from .layouts import Layout
@@ -46,7 +45,7 @@ class Question:
         targets, logits = self.targets, self.seen.logits
         if targets is None and logits is not None and logits.ndim == 2:
             targets = logits.detach().argmax(1)
-        return evaluate(self.utility, outputs, logits_of(outputs), targets, self.seen.images.shape[0])
+        return evaluate(self.utility, outputs, self.utility.logits_of(outputs), targets, self.seen.images.shape[0])
 
     def gradients(self, first: str | None, layouts: Mapping[str, Layout]) -> Answer | None:
         """dU/dA of some layers, each as its module returned it, where U depends on it.
@@ -91,7 +90,7 @@ class Question:
             stack.enter_context(torch.set_grad_enabled(first is None))
             stack.enter_context(TwiceDifferentiable())
             watch(stack, self.model, after)
-            outputs = self.model(self.seen.images.clone().requires_grad_(first is None))
+            outputs = self.seen.run(self.model, self.seen.images.clone().requires_grad_(first is None))
         with torch.enable_grad():
             value = self.value(outputs)
             if not value.requires_grad:
@@ -128,8 +127,8 @@ class Question:
         assert images is not None
         layers = [(part, self.model.get_submodule(part)) for part in ([name] if before is None else [before[0], name])]
         with Capture(self.model, layers, gradients=False) as capture:
-            expected = self.value(capture.run(images))
-            found = [site.activations for site in capture.sites]
+            expected = self.value(capture.run(self.seen.of(images)))
+            found = [captured.activations for captured in capture.layers]
         differs = False
 
         def replace(index: int, activations: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class Question:
             return given
 
         with Capture(self.model, layers, gradients=False, replace=replace) as capture:
-            value = self.value(capture.run(_noise(images)))
+            value = self.value(capture.run(self.seen.of(_noise(images))))
         scale = expected.abs()
         if isinstance(self.seen.logits, Tensor) and self.seen.logits.numel():
             scale = scale + self.seen.logits.abs().amax()

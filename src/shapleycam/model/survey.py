@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import InputError, ModelStateError
 from ..utilities.outputs import logits_of
+from .inputs import Inputs
 
 _PASSIVE = (
     nn.Identity,
@@ -61,6 +62,7 @@ class Survey:
         stem: the convolution that reads the images directly, if there is one.
         images: what the model was run on; None if no further question is going to be asked.
         notes: doubts about the choice of a layer, for the user.
+        inputs: what the model was run with, if there was more than images.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -70,9 +72,25 @@ class Survey:
     stem: nn.modules.conv._ConvNd | None = None
     images: Tensor | None = None
     notes: list[str] = field(default_factory=list)
+    inputs: Inputs | None = None
+
+    def run(self, model: nn.Module, images: Tensor) -> Any:
+        """What the model returns for other images beside the same further arguments."""
+        return self.of(images).run(model)
+
+    def of(self, images: Tensor) -> Inputs:
+        """Other images beside the same further arguments."""
+        return Inputs(images) if self.inputs is None else self.inputs.with_images(images)
 
 
-def survey(model: nn.Module, images: Tensor, gradients: bool, shape: Sequence[int] | None = None) -> Survey:
+def survey(
+    model: nn.Module,
+    images: Tensor,
+    gradients: bool,
+    shape: Sequence[int] | None = None,
+    inputs: Inputs | None = None,
+    read: Callable[[Any], Tensor | None] = logits_of,
+) -> Survey:
     """Run ``model`` once, without gradients, with every module watched. It holds what the forward pass holds.
 
     Args:
@@ -80,12 +98,14 @@ def survey(model: nn.Module, images: Tensor, gradients: bool, shape: Sequence[in
         images: a small batch, [N, channels, *spatial].
         gradients: keep the images, so that ``find_layer`` can ask which layers every position of which matters.
         shape: the shape of the user's whole batch, for messages; by default that of ``images``.
+        inputs: the images with what the model takes besides.
+        read: the logits in the outputs.
 
     Raises:
         InputError: the images do not have the rank, channels, dtype or device that the first convolution needs.
         ModelStateError: the model does not accept hooks.
     """
-    found, owner = Survey(), threading.get_ident()
+    found, owner = Survey(inputs=inputs), threading.get_ident()
     # A clone taken here is no inference tensor, even where the images are.
     watched = images.detach().clone()
     alive: dict[int, StorageWeakRef] = {}  # keeps the addresses of storages from being given out again
@@ -122,8 +142,8 @@ def survey(model: nn.Module, images: Tensor, gradients: bool, shape: Sequence[in
         for module in model.modules():
             if isinstance(module, nn.modules.conv._ConvNd):
                 stack.callback(module.register_forward_pre_hook(before).remove)
-        found.outputs = model(watched)
-    found.logits = logits_of(found.outputs)
+        found.outputs = found.run(model, watched)
+    found.logits = read(found.outputs)
     found.end = None if found.logits is None else place(found.logits)
     found.images = watched if gradients else None
     return found

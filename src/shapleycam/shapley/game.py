@@ -13,7 +13,7 @@ head alone, so that the approximation can be judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from ..explainer import Explainer
 from ..model.head import Head, rows_per_pass
 from ..model.layouts import Layout
 from ..utilities.named import evaluate
-from ..utilities.outputs import logits_of
 from ..utilities.targets import as_targets, place_targets
 from .values import ShapleyValues
 
@@ -47,6 +46,8 @@ class Game:
         baseline: what absent players show: "zero"; "mean", each channel's mean over the positions of its image; or a tensor
             that broadcasts to the activations as [N, C, S].
         chunk: how many altered activations go through the head at once; None for a number that fits into memory.
+        args, kwargs: what the model takes besides the images, as for :meth:`Explainer.__call__`. Every coalition then runs
+            the whole model, for they may reach the head past the layer.
 
     Raises:
         InputError: an unknown kind of player or baseline, cells that do not fit, several target layers or several classes.
@@ -63,22 +64,26 @@ class Game:
         cells: Sequence[int] | int | None = None,
         baseline: str | Tensor = "zero",
         chunk: int | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if players not in PLAYERS:
             raise InputError(f"Unknown players {players!r}: expected one of {', '.join(PLAYERS)}.")
         if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
             raise InputError(f"chunk must be a positive number of rows, or None, got {chunk!r}.")
-        plan = explainer.prepare(images)
+        plan = explainer.prepare(images, targets, args=args, kwargs=kwargs)
         if len(plan.layers) != 1:
             raise InputError(f"The game is played on one target layer; the explainer has {len(plan.layers)}.")
         self.players, self._chunk, self._utility = players, chunk, explainer.utility
-        images = images.detach()
-        self._head = Head(explainer.model, plan.layers[0], images)
+        inputs = explainer.inputs(images.detach(), args, kwargs)
+        self._head = Head(explainer.model, plan.layers[0], inputs)
         self._layer, module = plan.layers[0]
         self._layout: Layout = explainer.layout_of(self._layer, module, self._head.activations, images)
         self._activations = self._layout.view(self._head.activations)  # [N, C, S]
         self.batch = images.shape[0]
-        placed, self._poison = place_targets(as_targets(targets), logits_of(self._head.outputs), self.batch, images.device)
+        placed, self._poison = place_targets(
+            as_targets(targets), self._utility.logits_of(self._head.outputs), self.batch, images.device
+        )
         if placed is not None and placed.shape[1] != 1:
             raise InputError(f"The game explains one class per image, got {placed.shape[1]}. Play one game for each.")
         self.targets = None if placed is None else placed[:, 0]
@@ -207,7 +212,7 @@ class Game:
         self._layout.view(altered).copy_(torch.where(keep, self._activations[rows], self._baseline[rows]))
         outputs = self._head(altered, rows)
         targets = None if self.targets is None else self.targets[rows]
-        value = evaluate(self._utility.rows(rows), outputs, logits_of(outputs), targets, rows.shape[0])
+        value = evaluate(self._utility.rows(rows), outputs, self._utility.logits_of(outputs), targets, rows.shape[0])
         worth: Tensor = value.detach().double()
         return worth if self._poison is None else worth + self._poison[rows]
 

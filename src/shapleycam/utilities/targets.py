@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,32 +16,65 @@ def check_targets(targets: Any, batch: int, classes: int | None) -> None:
     """Check what can be checked of ``targets`` on the host, before any work.
 
     Raises:
-        TargetError: wrong type, dtype, shape, or (for an int or a tensor in host memory) out of range.
+        TargetError: wrong type, dtype, shape, one-hot instead of indices, or (for an int or a tensor in host memory) out of
+            range.
     """
-    if targets is None or (isinstance(targets, int) and not isinstance(targets, bool)):
-        if targets is not None and (targets < 0 or (classes is not None and targets >= classes)):
-            raise TargetError(f"target {targets} is out of range: the model has {classes or 'fewer'} classes, counted from 0.")
+    if targets is None:
+        return
+    if isinstance(targets, int) and not isinstance(targets, bool):
+        if targets < 0 or (classes is not None and targets >= classes):
+            raise _out_of_range(targets, classes)
         return
     if not isinstance(targets, Tensor):
-        raise TargetError(f"targets must be None, an int, or an integer tensor [N] or [N, M]; got {type(targets).__name__}.")
-    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
-        raise TargetError(f"targets must be integers (class indices), got {targets.dtype}. Use targets.long().")
-    if targets.ndim not in (1, 2) or targets.shape[0] != batch or (targets.ndim == 2 and targets.shape[1] == 0):
+        raise TargetError(f"targets must be None, an int, or integers [N] or [N, M]; got {type(targets).__name__}.")
+    shape = tuple(targets.shape)
+    if targets.numel() == 0:
         raise TargetError(
-            f"targets must have shape [{batch}] or [{batch}, M] for a batch of {batch} images, got {tuple(targets.shape)}."
+            f"targets is empty, shape {shape}: expected [{batch}] or [{batch}, M] for a batch of {batch} images. For the "
+            "predicted classes use targets=None."
         )
-    if classes is not None and targets.device.type == "cpu":
-        wrong = targets[(targets < 0) | (targets >= classes)]
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        use = "targets.argmax(1), if they are one-hot or scores [N, K]" if targets.ndim == 2 else "targets.long()"
+        raise TargetError(f"targets must be integers (class indices), got {targets.dtype} {shape}. Use {use}.")
+    if targets.ndim not in (1, 2) or targets.shape[0] != batch:
+        hint = " For one class for all images use an int: int(targets)." if targets.ndim == 0 else ""
+        raise TargetError(
+            f"targets must have shape [{batch}] or [{batch}, M] for a batch of {batch} images, got {shape}.{hint}"
+        )
+    if targets.device.type == "cpu":
+        encoded = _one_hot(targets, classes)
+        if encoded is not None and bool(encoded.all()):
+            raise TargetError(f"targets {shape} are one-hot, but class indices are expected. Use targets.argmax(1).")
+        wrong = targets[(targets < 0) | (targets >= classes)] if classes is not None else targets[targets < 0]
         if wrong.numel():
-            raise TargetError(f"target {int(wrong[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}.")
+            raise _out_of_range(int(wrong[0]), classes)
+
+
+def _out_of_range(target: int, classes: int | None) -> TargetError:
+    if classes is None:
+        return TargetError(f"target {target} is out of range: classes are counted from 0.")
+    return TargetError(f"target {target} is out of range: the model has {classes} classes, 0 to {classes - 1}.")
+
+
+def _one_hot(targets: Tensor, classes: int | None) -> Tensor | None:
+    """Bool [N]: which rows are one-hot, [N, K] of 0 and 1; as indices such a row would name class 0 again and again."""
+    if targets.ndim != 2 or targets.shape[1] != classes or classes < 3:
+        return None
+    return ((targets == 0) | (targets == 1)).all(1) & (targets.sum(1) == 1)
 
 
 def as_targets(targets: Any) -> Any:
-    """Sequences and NumPy values of integers as an int or a tensor; everything else as it is."""
+    """Integers, ranges, (nested) sequences and arrays of integers as an int or a tensor; everything else as it is.
+
+    Raises:
+        TargetError: a sequence that is no rectangle of numbers.
+    """
     if isinstance(targets, numbers.Integral) and not isinstance(targets, bool):
         return int(targets)
-    if isinstance(targets, (list, tuple)) or hasattr(targets, "__array_interface__"):
+    if (isinstance(targets, Sequence) and not isinstance(targets, (str, bytes))) or hasattr(targets, "__array_interface__"):
         try:
+            if isinstance(targets, Sequence) and any(hasattr(row, "__array__") for row in targets):
+                return torch.stack([torch.as_tensor(row) for row in targets])  # tensors stay on their device
             return torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TargetError(f"targets {targets!r} are not a rectangular list of class indices: {error}") from error
@@ -68,4 +102,5 @@ def place_targets(targets: Any, logits: Tensor | None, batch: int, device: torch
     if classes is None or targets.device.type == "cpu":
         return placed, None
     safe = placed.clamp(0, classes - 1)
-    return safe, torch.where((safe != placed).any(1), float("nan"), 0.0)
+    wrong, encoded = (safe != placed).any(1), _one_hot(placed, classes)
+    return safe, torch.where(wrong if encoded is None else wrong | encoded, float("nan"), 0.0)

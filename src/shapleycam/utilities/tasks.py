@@ -42,6 +42,8 @@ class SegmentationScore:
         InputError: an unknown score, or a mask of the wrong kind, empty, or not finite.
     """
 
+    reads_logits = True
+
     def __init__(self, category: int | None = None, mask: Tensor | None = None, score: str = "rest") -> None:
         if score not in SCORES:
             raise InputError(f"Unknown score {score!r}: expected one of {', '.join(SCORES)}.")
@@ -220,6 +222,8 @@ class EmbeddingSimilarity:
     Raises:
         InputError: the concept has another rank, is not floating, is not finite, or is zero.
     """
+
+    reads_logits = True
 
     def __init__(self, concept: Tensor) -> None:
         if not isinstance(concept, Tensor) or concept.ndim not in (1, 2) or not concept.is_floating_point():

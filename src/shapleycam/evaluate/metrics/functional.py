@@ -14,8 +14,9 @@ Everything here works in float64 on the tensors' device, without waiting for it,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ...errors import InputError
 from ...explainer import Explainer
 from ...explanation import Explanation
 from ...methods.table import PAPER_METHODS
-from ...utilities.outputs import logits_of
+from ...utilities.outputs import Output, flat, logits_of
 
 
 def drop(p: Tensor, masked: Tensor) -> Tensor:
@@ -103,7 +104,13 @@ class Measurement:
 
 
 def measure(
-    explainer: Explainer, images: Tensor, targets: Tensor | int | None = None, methods: Sequence[str] = PAPER_METHODS
+    explainer: Explainer,
+    images: Tensor,
+    targets: Tensor | int | None = None,
+    methods: Sequence[str] = PAPER_METHODS,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Measurement]:
     """Run the model as the evaluation asks, for all methods: 1 + 2 forward passes per *distinct* map.
 
@@ -116,6 +123,7 @@ def measure(
         images: normalised, [N, channels, *size].
         targets: the classes to explain, one per image; None for the predicted ones.
         methods: names of :data:`shapleycam.METHODS`.
+        args, kwargs: what the model takes besides the images; the same for images and masked images.
 
     Returns:
         a :class:`Measurement` per method.
@@ -123,28 +131,37 @@ def measure(
     Raises:
         InputError: several classes per image, or a model without logits; otherwise as :meth:`shapleycam.Explainer.compare`.
     """
-    found = explainer.compare(images, targets, methods)
+    found = explainer.compare(images, targets, methods, args=args, kwargs=kwargs)
     first = next(iter(found.values()))
     if first.targets is None or first.targets.ndim != 1:
         raise InputError("The evaluation needs logits [N, K] and one class per image.")
     classes, p = first.targets, first.probabilities
     measured: dict[str, Measurement] = {}
     for maps, sharers in _distinct(found):
-        again = explainer.compare(mask(images, maps), classes, sharers)
+        again = explainer.compare(mask(images, maps), classes, sharers, args=args, kwargs=kwargs)
         with torch.no_grad():
-            deleted = probabilities(explainer.model, mask(images, 1 - maps), classes)
+            deleted = _of_logits(
+                explainer.inputs(mask(images, 1 - maps), args, kwargs).run(explainer.model), classes, explainer.utility.output
+            )
         for name in sharers:
             measured[name] = Measurement(classes, p, again[name].probabilities, deleted, maps, again[name].heatmaps())
     return {name: measured[name] for name in found}
 
 
-def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor, output: Output = "auto") -> Tensor:
     """Softmax probability of ``classes`` [N] for ``images``, [N] in float32 (float64 for a float64 model).
+
+    ``output`` says where the logits are in what the model returns, as for :class:`shapleycam.Explainer`.
 
     Raises:
         InputError: the model returned no logits [N, K].
     """
-    logits = logits_of(model(images))
+    return _of_logits(model(images), classes, output)
+
+
+def _of_logits(outputs: Any, classes: Tensor, output: Output) -> Tensor:
+    logits = logits_of(outputs, output)
+    logits = None if logits is None else flat(logits)
     if logits is None or logits.ndim != 2:
         raise InputError("The model returned no logits [N, K], so there are no class probabilities.")
     p = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..derivatives.engines import Derived, Terms
+from ..derivatives import Terms
 from ..errors import InputError, TargetError
 from ..explainer import Explainer
 from ..methods.perturbation import check_chunk
+from ..methods.reduce import shares
 from ..methods.table import Method
-from ..plan import Plan
 from ..utilities.outputs import logits_of
 
 Target = Callable[[Any], Tensor]
@@ -57,7 +57,7 @@ def _values(targets: Sequence[Target], outputs: Any, classes: Tensor | None = No
     return torch.stack(values)
 
 
-class Engine(Explainer):
+class DropInExplainer(Explainer):
     """An explainer for one utility, with or without smoothing.
 
     Args:
@@ -73,35 +73,16 @@ class Engine(Explainer):
 
     def set_chunk(self, rows: int | None) -> None:
         """How many rows go through the model at once, for the methods that ask it many times; None to have it chosen."""
-        self._chunk = check_chunk(rows)
+        self._settings = replace(self._settings, chunk=check_chunk(rows))
 
-    def _reduce(self, method: Method, plan: Plan, derived: Derived, index: int, images: Tensor) -> tuple[Tensor, str]:
-        self.terms.append(derived.terms[index])
-        if not self.principal and method.pooling != "eigen":
-            return super()._reduce(method, plan, derived, index, images)
-        return principal_map(self._weighted(method, plan, derived, index, images))[:, None], "torch"
+    def _reduce(self, method: Method, term: Terms, alpha: Tensor | None, classes: int) -> tuple[Tensor, str]:
+        self.terms.append(term)
+        if not self.principal and method.pooling != "principal":
+            return super()._reduce(method, term, alpha, classes)
+        maps = torch.stack([principal_map(part) for part in shares(method, term, alpha, self.backend)], 1)
+        return maps.expand(-1, classes, -1), "torch"
 
-    def _weighted(self, method: Method, plan: Plan, derived: Derived, index: int, images: Tensor) -> Tensor:
-        """The activations times the method's weights, [N, C, S], whose sum over the channels would be the map."""
-        term = derived.terms[index]
-        a = term.activations
-        if method.pooling == "eigen":
-            return a if method.order == 0 else a * term.gradients[0]
-        if method.order == 0:
-            return a * self._channel_weights(method, plan, derived, index, images)[:, 0, :, None].to(a.dtype)
-        # A map is a sum over the channels, so a channel alone, as an image of one channel, is its share.
-        g, h = term.gradients[0].expand_as(a), term.hvps[0] if method.order == 2 else None
-        share = ops.weighted_reduce(
-            a.flatten(0, 1)[:, None],
-            g.flatten(0, 1)[:, None],
-            None if h is None else h.expand_as(a).flatten(0, 1)[:, None],
-            method.pooling,
-            backend=self.backend,
-        )
-        parts: Tensor = share.unflatten(0, tuple(a.shape[:2]))
-        return parts
-
-    def _random(self, activations: Tensor, classes: int) -> Tensor:
+    def _draw(self, activations: Tensor, classes: int) -> Tensor:
         # NumPy's global generator, which is what a user of RandomCAM seeds.
         drawn = np.random.uniform(-1, 1, tuple(activations.shape[:2]))  # noqa: NPY002
         return torch.from_numpy(drawn)[:, None].to(activations.device)

@@ -1,0 +1,195 @@
+"""What a derivative engine is asked, what it answers, and what all engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..errors import InputError
+from ..model.capture import Capture
+from ..model.inputs import Inputs
+from ..model.layouts import Layout
+from ..model.pooled_linear import PooledLinear
+from ..utilities.named import Utility, evaluate
+from ..utilities.targets import place_targets
+
+
+@dataclass(slots=True)
+class Terms:
+    """What one target layer contributes, as strided [N, C, S] views.
+
+    ``gradients`` (dU/dA) and ``hvps`` (HA) have one entry per class. Where they are constant over the positions they are
+    [N, C, 1]; an hvp of None is structurally zero or was not asked for. An engine that was asked for the weight alone
+    (``w = g - HA/2``, or ``w = g`` at order 1) may leave both empty and give ``weights`` [N, M, C], constant over
+    the positions.
+    """
+
+    activations: Tensor
+    layout: Layout
+    gradients: list[Tensor] = field(default_factory=list)
+    hvps: list[Tensor | None] = field(default_factory=list)
+    weights: Tensor | None = None
+
+    def pairs(self, order: int) -> list[tuple[Tensor, Tensor | None]]:
+        """(gradient, hvp) of every class as :func:`shapleycam.ops.weighted_reduce` takes them; hvp is None at order 1."""
+        if self.weights is not None:
+            return [(w[:, :, None], None) for w in self.weights.unbind(1)]
+        return list(zip(self.gradients, self.hvps if order == 2 else [None] * len(self.gradients), strict=True))
+
+    def constant(self, order: int) -> Tensor | None:
+        """w [N, M, C] where it is constant over the positions, else None."""
+        if self.weights is None and self.gradients[0].shape[2] == 1:
+            return torch.stack([w[:, :, 0] for w in self.combined(order)], 1)
+        return self.weights
+
+    def combined(self, order: int) -> list[Tensor]:
+        """``w = g - HA/2`` (``w = g`` at order 1) of every class."""
+        return [g if h is None else g - h / 2 for g, h in self.pairs(order)]
+
+
+@dataclass(slots=True)
+class Derivatives:
+    """The answer of an engine.
+
+    Attributes:
+        outputs, logits: of the forward pass, without gradients.
+        targets: int64 [N, M], or None without logits.
+        terms: per target layer.
+        engine: which engine made them; "none" where nothing was differentiated.
+        value, baseline: U(A) and U(0) [N, M], if asked for.
+        nan_mark: [N], NaN for images whose maps must not be shown (a target on the device out of range, say), else 0.
+    """
+
+    outputs: Any
+    logits: Tensor | None
+    targets: Tensor | None
+    terms: list[Terms]
+    engine: str
+    value: Tensor | None = None
+    baseline: Tensor | None = None
+    nan_mark: Tensor | None = None
+
+    def mark(self, other: Tensor | None) -> None:
+        """Add another mark."""
+        if other is not None:
+            self.nan_mark = other if self.nan_mark is None else self.nan_mark + other
+
+    def mark_images(self, images: Tensor) -> None:
+        """Mark images with NaN or Inf in them: a network may swallow either, its map must not."""
+        wide = torch.promote_types(images.dtype, torch.float32)
+        # One number tells that a CPU's batch has none of them, without waiting for anything.
+        if images.device.type != "cpu" or not isfinite(images.sum(dtype=wide).item()):
+            self.mark(images.detach().flatten(1).sum(1, dtype=wide) * 0)
+
+    def norm_ratio(self) -> Tensor:
+        """|HA| / |g| per image and class [N, M], over all target layers; 0 where the Hessian term is structurally zero."""
+        columns = []
+        for m in range(self.classes):
+            g2 = torch.stack([term.gradients[m].flatten(1).float().square().sum(1) for term in self.terms]).sum(0)
+            products = [h for term in self.terms if (h := term.hvps[m]) is not None]
+            h2 = sum((h.flatten(1).float().square().sum(1) for h in products), torch.zeros_like(g2))
+            columns.append((h2 / g2).sqrt())
+        return torch.stack(columns, 1)
+
+    def gap(self, order: int) -> Tensor:
+        """U(A) - U(0) - Σ A·w per image and class [N, M]."""
+        [term] = self.terms
+        assert self.value is not None and self.baseline is not None
+        weights = term.combined(order)
+        explained = [(term.activations * w).flatten(1).sum(1, dtype=self.value.dtype) for w in weights]
+        return self.value - self.baseline - torch.stack(explained, 1)
+
+    @property
+    def classes(self) -> int:
+        """M, the number of classes per image."""
+        return 1 if self.targets is None else self.targets.shape[1]
+
+
+@dataclass(slots=True)
+class Request:
+    """What one call asks of an engine.
+
+    Attributes:
+        model, layers: the model and (name, module) of its target layers.
+        layout_of: ``(name, module, activations, images) -> Layout``.
+        utility, inputs, targets: of the call.
+        order: the highest derivative wanted, 0 to 2.
+        writes: something behind a target layer writes into its output, so the head needs a copy.
+        head: the pool-and-linear head, where it was verified.
+        with_baseline: U(A) and U(0) are wanted too.
+        find_cuts: also look for operators that would silently cut the second derivative off.
+        weights_only: neither g nor HA is wanted by itself.
+        halved: the head goes on with half of the layer's output.
+        backend: of the operators.
+    """
+
+    model: nn.Module
+    layers: Sequence[tuple[str, nn.Module]]
+    layout_of: Callable[[str, nn.Module, Tensor, Tensor], Layout]
+    utility: Utility
+    inputs: Inputs
+    targets: Any
+    order: int
+    writes: bool
+    head: PooledLinear | None = None
+    with_baseline: bool = False
+    find_cuts: bool = False
+    weights_only: bool = False
+    halved: bool = False
+    backend: str = "auto"
+
+    @property
+    def batch(self) -> int:
+        return self.inputs.images.shape[0]
+
+    def capture(self, **options: Any) -> Capture:
+        """A forward pass with the target layers captured."""
+        if self.halved:
+            options["replace"] = lambda _, activations: activations * 0.5
+        return Capture(self.model, self.layers, copy=self.writes, **options)
+
+    def terms(self, capture: Capture) -> list[Terms]:
+        """The layers' activations, without derivatives yet."""
+        found = []
+        for captured in capture.layers:
+            assert captured.activations is not None
+            layout = self.layout_of(captured.name, captured.module, captured.activations, self.inputs.images)
+            found.append(Terms(layout.view(captured.activations.detach()), layout))
+        return found
+
+    def start(self, capture: Capture, outputs: Any, engine: str) -> Derivatives:
+        """The answer as far as a forward pass gives it."""
+        logits = self.utility.logits_of(outputs)
+        targets, mark = place_targets(self.targets, logits, self.batch, self.inputs.images.device)
+        # What the caller keeps must not keep the head's graph alive.
+        kept = outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
+        logits = kept if logits is outputs else None if logits is None else logits.detach()
+        return Derivatives(kept, logits, targets, self.terms(capture), engine, nan_mark=mark)
+
+    def values(self, outputs: Any, targets: Tensor | None, logits: Tensor | None = None) -> list[Tensor]:
+        """U [N] for every class; ``logits`` are given where they are at hand."""
+        logits = self.utility.logits_of(outputs) if logits is None else logits
+        columns = [None] if targets is None else [targets[:, m] for m in range(targets.shape[1])]
+        return [evaluate(self.utility, outputs, logits, column, self.batch) for column in columns]
+
+    def add_baseline(self, found: Derivatives, values: list[Tensor]) -> None:
+        """U(A) from ``values`` and U(0) by a forward pass, if asked for.
+
+        Raises:
+            InputError: there are several target layers.
+        """
+        if not self.with_baseline:
+            return
+        if len(self.layers) != 1:
+            raise InputError("The completeness gap is defined for one target layer; ask for it with a single layer.")
+        if values:
+            found.value = torch.stack([value.detach() for value in values], 1)
+        with self.capture(gradients=False, replace=lambda _, activations: torch.zeros_like(activations)) as capture:
+            outputs = capture.run(self.inputs)
+            found.baseline = torch.stack(self.values(outputs, found.targets), 1)
