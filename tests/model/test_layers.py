@@ -120,8 +120,8 @@ def test_a_constant_map_is_no_layer_and_breaks_nothing():
 
 def test_a_map_per_class_is_no_feature_map():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.SiLU(), nn.Conv2d(6, 4, 1), nn.Upsample(scale_factor=2))
-    assert auto(model, noise(2, 3, 8, 8), SegmentationScore())[0] == "1"
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.SiLU(), nn.Conv2d(12, 4, 1), nn.Upsample(scale_factor=2))
+    assert auto(model, noise(2, 3, 8, 8), SegmentationScore(mask=torch.ones(12, 12)))[0] == "1"
 
 
 class Sequence1d(nn.Module):
@@ -166,12 +166,12 @@ def test_all_zero_maps_are_said_beforehand():
         result = Explainer(ClassToken().eval(), "last")(images)
     assert not result.raw.any()
     single = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(1), nn.Conv2d(6, 6, 1), nn.Flatten(), nn.Linear(6, 5)
+        nn.Conv2d(3, 12, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 6, 1), nn.Flatten(), nn.Linear(6, 5)
     )
     with pytest.warns(ShapleyCamWarning, match="'3' has a single position.*would take '1'"):
         Explainer(single.eval(), "3")(noise(2, 3, 8, 8))
     torch.manual_seed(0)
-    dense = nn.Sequential(nn.Conv2d(3, 6, 3), nn.SiLU(), nn.Conv2d(6, 4, 1)).eval()
+    dense = nn.Sequential(nn.Conv2d(3, 12, 3), nn.SiLU(), nn.Conv2d(12, 4, 1)).eval()
     with torch.no_grad():
         dense[2].bias[3] = -1e4  # a class that nobody predicts
     with pytest.warns(ShapleyCamWarning, match="a class that no pixel is predicted to have"):

@@ -83,7 +83,7 @@ def _better(question: Question, name: str) -> str:
     assert seen.images is not None
     try:
         # A survey of its own notes: doubts about this other layer are not about the user's.
-        other = Survey(seen.records, seen.outputs, seen.logits, seen.end, seen.stem, seen.images)
+        other = Survey(seen.records, seen.outputs, seen.logits, seen.end, seen.stem, seen.images, inputs=seen.inputs)
         found, _ = find_layer(question.model, other, seen.images.shape, question.utility, "auto", question.targets)
     except LayerError:
         return ""

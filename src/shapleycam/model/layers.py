@@ -25,6 +25,7 @@ __all__ = [
     "named_layers",
     "survey",
     "token_facts",
+    "token_suffix",
 ]
 
 #: How many of the last candidates the first question about gradients is about; each next one is about four times as many.
