@@ -298,7 +298,7 @@ class Explainer:
             logits=found.logits,
             targets=pick(found.targets),
             raws=tuple(raws),
-            image_size=tuple(images.shape[2:]),
+            image_size=found.terms[0].layout.space(images.shape),
             diagnostics=Diagnostics(
                 method=method.name,
                 utility=self.utility.name,

@@ -20,8 +20,9 @@ from .derivatives.closed_form import by_autograd, logit_derivatives
 from .errors import DerivativeError, InputError, ModelStateError, ShapleyCamError, ShapleyCamWarning
 from .methods.table import Method
 from .model.capture import Capture
+from .model.doubts import doubts
 from .model.inputs import Inputs
-from .model.layers import find_layer, named_layers, survey, token_facts
+from .model.layers import find_layer, named_layers, survey, token_facts, token_suffix
 from .model.layouts import Layout, ReshapeTransform, resolve_layout
 from .model.pooled_linear import PooledLinear, find, verify
 from .utilities.named import Utility
@@ -58,7 +59,7 @@ class Facts:
         writes: an operator behind a target layer writes into its output, so the head gets a copy.
         stem: the convolution that reads the images directly, if there is one; images are checked against it.
         classes: number of logits, if the model returned logits [N, K].
-        tokens: number of prefix tokens and patch size, as the model declares them.
+        tokens: number of prefix tokens, patch size and number of suffix tokens, as the model declares them.
         layout: how the user said the layers' outputs are to be read.
         notes: doubts about the choice of a layer; the user was warned of them.
     """
@@ -69,7 +70,7 @@ class Facts:
     writes: bool
     stem: nn.modules.conv._ConvNd | None
     classes: int | None
-    tokens: tuple[int | None, tuple[int, ...] | None]
+    tokens: tuple[int | None, tuple[int, ...] | None, int | None]
     layout: str | Layout | ReshapeTransform
     notes: tuple[str, ...] = ()
     _layouts: dict[Any, Layout] = field(default_factory=dict, repr=False, compare=False)
@@ -83,9 +84,16 @@ class Facts:
         key = (name, activations.shape, images.shape)
         found = self._layouts.get(key)
         if found is None:
-            prefix, patch = self.tokens
+            prefix, patch, suffix = self.tokens
             found = resolve_layout(
-                activations.shape, images.shape, name=name, wanted=self.layout, module=module, prefix=prefix, patch=patch
+                activations.shape,
+                images.shape,
+                name=name,
+                wanted=self.layout,
+                module=module,
+                prefix=prefix,
+                patch=patch,
+                suffix=suffix,
             )
             if len(self._layouts) >= _MOST_LAYOUTS:
                 self._layouts.clear()
@@ -200,7 +208,7 @@ def learn(
     _check_whole(model)
     column = None if targets is None else targets[:, 0]
     named = None if settings.layers is None else tuple(named_layers(model, settings.layers))
-    seen = survey(model, inputs.images, gradients=named is None, inputs=inputs, read=settings.utility.logits_of)
+    seen = survey(model, inputs.images, gradients=True, inputs=inputs, read=settings.utility.logits_of)
     classes = seen.logits.shape[1] if seen.logits is not None and seen.logits.ndim == 2 else None
     check(classes)
     layers = named or (find_layer(model, seen, inputs.images.shape, settings.utility, settings.layout, column),)
@@ -211,10 +219,8 @@ def learn(
     if utility.named and utility.name != "logit" and utility.output == "auto":
         note = probability_note(seen.outputs, seen.logits, utility.name)
         seen.notes += [] if note is None else [note]
-    facts = Facts(layers, None, reason, False, seen.stem, classes, token_facts(model), settings.layout, tuple(seen.notes))
-    del seen
-    for note in facts.notes:
-        warn(note)
+    tokens = (*token_facts(model), token_suffix(model))
+    facts = Facts(layers, None, reason, False, seen.stem, classes, tokens, settings.layout)
     if linear is not None:
         try:
             off, holds = verify(model, layers[0], linear, inputs, facts.layout_of, settings.utility.logits_of)
@@ -229,7 +235,14 @@ def learn(
     with Capture(model, layers, gradients=False, copy=False, replace=lambda _, found: found.clone()) as capture:
         capture.run(inputs)
         written = any(captured.written for captured in capture.layers)
-    return replace(facts, writes=written)
+        outputs = [(c.name, c.module, c.activations) for c in capture.layers if c.activations is not None]
+    layouts = [facts.layout_of(*output, inputs.images) for output in outputs]
+    # Behind a pool every position matters, and an automatic choice has asked already.
+    asked = named is None or facts.pooled is not None or settings.method.order == 0
+    notes = tuple(doubts(model, seen, layers, layouts, utility, column, asked))
+    for note in notes:
+        warn(note)
+    return replace(facts, writes=written, notes=notes)
 
 
 def choose(settings: Settings, facts: Facts, inputs: Inputs, targets: Tensor | None, order: int) -> Plan:

@@ -69,3 +69,38 @@ def test_the_view_is_no_copy_and_holds_the_same_values(kind):
     view = layout.view(stored)
     assert torch.equal(view, expected)
     assert view.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "module", "expected"),
+    [
+        ((2, 32, 32), 64, nn.LayerNorm(32), Layout("NTC", (32,))),
+        ((2, 32, 32), 64, nn.Conv1d(2, 32, 1), Layout("NCL", (32,))),
+        ((2, 50, 32), 100, nn.LSTM(8, 16, bidirectional=True), Layout("NTC", (50,))),
+        ((2, 32, 50), 100, nn.Sequential(nn.Conv1d(2, 32, 1), nn.ReLU()), Layout("NCL", (50,))),
+        ((2, 128, 50), 100, None, Layout("NCL", (50,))),  # more channels than there are places
+        ((2, 32, 50), 100, nn.MaxPool1d(2), Layout("NCL", (50,))),
+    ],
+)
+def test_one_dimension_goes_by_evidence(shape, length, module, expected):
+    assert resolve_layout(shape, (2, 2, length), name="x", module=module) == expected
+
+
+def test_one_dimension_without_evidence_is_refused():
+    with pytest.raises(LayerError, match=r"\(N, 32, 32\) for images of \(64,\).*layout="):
+        resolve_layout((2, 32, 32), (2, 2, 64), name="x", module=nn.ReLU())
+
+
+def test_clips_with_time_first_and_tokens_behind_the_patches():
+    found = resolve_layout((2, 64, 8), (2, 8, 3, 64, 64), name="x", patch=(2, 16, 16))
+    assert found == Layout("NTC", (4, 4, 4), time_axis=1) and found.space((2, 8, 3, 64, 64)) == (8, 64, 64)
+    found = resolve_layout((2, 1 + 24 + 100, 8), (2, 3, 64, 96), name="x", patch=(16, 16), suffix=100)
+    assert found == Layout("NTC", (4, 6), 1, 100)
+    tokens = torch.arange(2 * 125 * 8.0).reshape(2, 125, 8)
+    assert torch.equal(found.view(tokens), tokens[:, 1:25].transpose(1, 2))
+
+
+def test_a_layer_has_no_more_positions_than_the_images():
+    # The last block of an Inception network for video: what it ends in is one branch of four, with 128 channels.
+    block = nn.Sequential(nn.Conv3d(1024, 384, 1), nn.Conv3d(384, 128, 1))
+    assert resolve_layout((1, 1024, 2, 7, 7), (1, 3, 16, 224, 224), name="x", module=block) == Layout("NCDHW", (2, 7, 7))

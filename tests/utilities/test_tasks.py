@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -228,3 +230,11 @@ def test_a_concept_of_another_size_is_refused(batch):
     model = Split(nn.Conv2d(3, 6, 3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))).double().eval()
     with pytest.raises(InputError, match=r"concept \(4,\); the model returned \(2, 5\)"):
         Explainer(model, "target", utility=EmbeddingSimilarity(torch.ones(4)))(batch)
+
+
+@pytest.mark.parametrize("name", ["image_embeds", "pooler_output"])
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+def test_embeddings_of_encoders(name, kind):
+    embedding = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    outputs = kind(**{"last_hidden_state": torch.ones(2, 5, 2), name: embedding})
+    torch.testing.assert_close(EmbeddingSimilarity(torch.tensor([1.0, 0.0]))(outputs, None), torch.tensor([0.6, 0.0]))

@@ -13,7 +13,7 @@ from ..errors import LayerError
 from ..utilities.named import Utility
 from .layouts import PREFIXES, Layout, ReshapeTransform, resolve_layout, shown
 from .named import LayerSpec, named_layers, token_facts, token_suffix
-from .reach import Question, share
+from .reach import Answer, Question, share
 from .survey import Record, Survey, check_stem, survey
 
 __all__ = [
@@ -25,10 +25,11 @@ __all__ = [
     "named_layers",
     "survey",
     "token_facts",
+    "token_suffix",
 ]
 
 #: How many of the last candidates the first question about gradients is about; each next one is about four times as many.
-_WINDOW = 12
+_WINDOW = 4
 #: How many other layers may be tried in the place of one that is only a part of what the head reads; two forward passes each.
 _TRIES = 4
 
@@ -70,20 +71,20 @@ def find_layer(
         candidates = readable = _with_layout(model, records, image_shape, wanted, strict=False)
     candidates = _before_the_logits(_feature_maps(candidates), seen)
     tokens = _tokens_of_unknown_grid(records, readable, prefix)
-    size, found = _WINDOW, None
-    gradients: dict[str, Tensor] | None = {}
-    while candidates and found is None:
+    size, found, answer = _WINDOW, None, None
+    window = candidates
+    while candidates:
         start = max(0, len(candidates) - size)
         window = candidates[start:]
-        names = {r.name for r, _ in window}
         first = records.index(window[0][0])
-        behind = {r.name for r, _ in tokens if records.index(r) >= first}
+        asked = {r.name: layout for r, layout in (*tokens, *window) if records.index(r) >= first}
         # From the images on only if nothing less says it: that graph is many times what the forward pass holds.
-        gradients = question.gradients(window[0][0].name if start else None, names | behind)
-        found = _last_that_matters(question, window, gradients or {})
-        if start == 0:
+        answer = question.gradients(window[0][0].name if start else None, asked)
+        found = _last_that_matters(question, window, answer)
+        if start == 0 or (found is not None and (found[2] or size > _WINDOW)):
             break
         size *= 4
+    gradients = {} if answer is None else answer.gradients
     if found is None:
         listing = "\n".join(f"  {r.name}: {shown(r.output.shape)}" for r, _ in candidates[-12:]) or "  (none)"
         raise LayerError(
@@ -91,7 +92,6 @@ def find_layer(
             f"{_why_no_gradient(question, candidates, gradients)} Name one with layer=. Candidates with positions, last first "
             f"to run at the bottom:\n{listing}"
         )
-    assert gradients is not None
     _check_tokens_behind(found[0], records, tokens, gradients)
     chosen = _whole(question, found, window, records, gradients)
     same = [r for r, _ in candidates if r.place == chosen.place]
@@ -151,22 +151,21 @@ def _feature_maps(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _before_the_logits(candidates: list[Candidate], seen: Survey) -> list[Candidate]:
-    """The candidates without those that already hold a map per class, as a segmentation's last layers do."""
+    """The candidates without those that hold a map per class, as the last layers of a segmentation model do."""
     if seen.logits is None or seen.logits.ndim < 4:
         return candidates
-    classes, end = seen.logits.shape[1], len(candidates)
-    while end and candidates[end - 1][0].output.shape[candidates[end - 1][1].channels_dim] == classes:
-        end -= 1
-    return candidates[:end] or candidates
+    classes = seen.logits.shape[1]
+    return [(r, layout) for r, layout in candidates if r.output.shape[layout.channels_dim] != classes] or candidates
 
 
 def _last_that_matters(
-    question: Question, candidates: Sequence[Candidate], gradients: dict[str, Tensor]
+    question: Question, candidates: Sequence[Candidate], answer: Answer | None
 ) -> tuple[Record, Layout, bool] | None:
     """The last candidate most positions of which matter, and whether the utility depends on the images through it alone."""
-    for r, layout in reversed(candidates):
-        if share(layout, gradients.get(r.name)) >= 0.5:
-            depends, alone = question.alone(r.name)
+    for r, layout in reversed(candidates if answer is not None else ()):
+        assert answer is not None
+        if share(layout, answer.gradients.get(r.name)) >= 0.5:
+            depends, alone = (True, True) if r.name in answer.pooled else question.alone(r.name)
             if depends:  # and is no constant, as a position embedding is
                 return r, layout, alone
     return None
@@ -236,7 +235,7 @@ def _check_tokens_behind(
             )
 
 
-def _why_no_gradient(question: Question, candidates: Sequence[Candidate], gradients: dict[str, Tensor] | None) -> str:
+def _why_no_gradient(question: Question, candidates: Sequence[Candidate], gradients: dict[str, Tensor]) -> str:
     """Why no candidate matters, where something can be said."""
     model, logits = question.model, question.seen.logits
     if not candidates:

@@ -7,7 +7,7 @@ not of the whole network.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -47,32 +47,36 @@ class Question:
             targets = logits.detach().argmax(1)
         return evaluate(self.utility, outputs, self.utility.logits_of(outputs), targets, self.seen.images.shape[0])
 
-    def gradients(self, first: str | None, names: Collection[str]) -> dict[str, Tensor] | None:
-        """dU/dA of the layers ``names``, each as its module returned it, where U depends on it.
+    def gradients(self, first: str | None, layouts: Mapping[str, Layout]) -> Answer | None:
+        """dU/dA of some layers, each as its module returned it, where U depends on it.
 
         Args:
             first: the first of them to finish; the graph begins at its output. None for a graph from the images on.
-            names: modules that run once, none of which finishes before the first.
+            layouts: names of modules that run once, none of which finishes before the first, and how to read what they return.
 
         Returns:
-            a gradient per name, without those that U does not depend on; None if U has no gradient at all.
+            the gradients, without those of layers that U does not depend on; None if U has no gradient at all.
 
         Raises:
             DerivativeError: an operator behind the layer has no derivative.
         """
         assert self.seen.images is not None
         kept: dict[str, Tensor] = {}
+        pooled: set[str] = set()
+        vector = self._classified()
         owner = threading.get_ident()
 
         def after(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> Any:
-                if threading.get_ident() != owner or name not in names:
+                if threading.get_ident() != owner or name not in layouts:
                     return None
                 if name == first:
                     torch.set_grad_enabled(True)
                 part = map_of(output)
                 if part is None or not torch.is_grad_enabled():
                     return None
+                if vector is not None and _is_mean(vector, layouts[name].view(part.detach())):
+                    pooled.add(name)
                 if part.requires_grad:
                     kept[name] = part
                     return None
@@ -100,7 +104,14 @@ class Question:
                     f"{type(self.model).__name__} cannot be differentiated behind layer {first or 'the images'!r}: {error} "
                     "Name a later layer with layer=, or use a method without derivatives."
                 ) from error
-        return {name: gradient for name, gradient in zip(kept, found, strict=True) if gradient is not None}
+        return Answer({name: g for name, g in zip(kept, found, strict=True) if g is not None}, pooled)
+
+    def _classified(self) -> Tensor | None:
+        """The vectors [N, C] that a linear classifier turned into the logits, if it did."""
+        for record in reversed(self.seen.records):
+            if isinstance(record.module, nn.Linear) and record.place == self.seen.end:
+                return record.input
+        return None
 
     def alone(self, name: str, before: tuple[str, Layout] | None = None) -> tuple[bool, bool]:
         """Whether a layer depends on the images, and whether the utility depends on the images through this layer alone.
@@ -140,6 +151,22 @@ class Question:
             scale = scale + self.seen.logits.abs().amax()
         bound = 256 * torch.finfo(images.dtype).eps * scale.nan_to_num(0.0)
         return differs, bool(((value - expected).abs() <= bound).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Gradients by layer, and the layers whose mean over the positions is all that a linear classifier reads."""
+
+    gradients: dict[str, Tensor]
+    pooled: set[str]
+
+
+def _is_mean(vector: Tensor, view: Tensor) -> bool:
+    """Whether vectors [N, C] are the means of activations [N, C, S], to rounding."""
+    if vector.shape != view.shape[:2]:
+        return False
+    bound = 64 * torch.finfo(vector.dtype).eps * vector.float().norm()
+    return bool((view.float().mean(2) - vector.float()).norm() <= bound)
 
 
 def share(layout: Layout, gradient: Tensor | None) -> float:

@@ -210,10 +210,19 @@ def _iou(one: Tensor, other: Tensor) -> Tensor:
     return overlap
 
 
+def _embedding_of(outputs: Any) -> Tensor | None:
+    for name in ("image_embeds", "pooler_output"):
+        found = outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return logits_of(outputs)
+
+
 class EmbeddingSimilarity:
     """Cosine similarity of the model's embedding to a concept: ``U = e·c / (|e| |c|)``.
 
-    For models that return embeddings [N, D]. It shows what in an image resembles another image (or a text, with an encoder of
+    For models that return embeddings [N, D], bare or under "image_embeds" or "pooler_output" as Hugging Face's encoders and
+    CLIP do. It shows what in an image resembles another image (or a text, with an encoder of
     both), as pytorch-grad-cam's tutorial on embeddings does.
 
     Args:
@@ -248,7 +257,7 @@ class EmbeddingSimilarity:
         Raises:
             InputError: the outputs are no embeddings of the concept's size.
         """
-        embedding = logits_of(outputs)
+        embedding = _embedding_of(outputs)
         shape = None if embedding is None else tuple(embedding.shape)
         fits = shape is not None and len(shape) == 2 and shape[1] == self.concept.shape[-1]
         if embedding is None or not fits or (self.concept.ndim == 2 and self.concept.shape[0] != embedding.shape[0]):
