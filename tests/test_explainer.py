@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shapleycam import METHODS, DerivativeError, Explainer, InputError, LayerError, Layout, ShapleyCamWarning
+from shapleycam import (
+    METHODS,
+    BackendStatus,
+    DerivativeError,
+    Explainer,
+    InputError,
+    KernelMismatch,
+    LayerError,
+    Layout,
+    ShapleyCamWarning,
+)
+from shapleycam.ops.backends import LADDER, Backend
 
 from .helpers import Split, small_heads, toy
 
@@ -394,3 +405,33 @@ def test_repr(batch):
     assert "layer=['2']" in repr(explainer) and "engine='auto'" in repr(explainer)
     explainer(batch)
     assert "engine='reverse_over_reverse'" in repr(explainer)
+
+
+class Wrong(Backend):
+    """Says that it serves every operator on a CPU, and is one off."""
+
+    name = "wrong"
+
+    def status(self):
+        return BackendStatus(True, "wrong on purpose", ("cpu",))
+
+    def can(self, call):
+        return None
+
+    def run(self, operator, arguments):
+        return operator.reference(*arguments) + 1
+
+
+def test_an_explainer_checks_its_kernels(images):
+    model = toy()
+    expected = Explainer(model)(images).raw
+    with LADDER.holding(Wrong()):
+        with pytest.raises(KernelMismatch, match="'wrong' computed"):
+            Explainer(model, check=True)(images)
+        cautious = Explainer(model, check=True, on_mismatch="fallback")
+        with pytest.warns(ShapleyCamWarning, match="serves .* no more"):
+            torch.testing.assert_close(cautious(images).raw, expected)
+        torch.testing.assert_close(cautious(images).raw, expected)  # and says it once
+        assert not torch.allclose(Explainer(model, check=False)(images).raw, expected)
+    with pytest.raises(InputError, match="fraction"):
+        Explainer(model, check=7.0)

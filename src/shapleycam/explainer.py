@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -69,10 +70,14 @@ class Explainer:
         output: where the logits are in what the model returns: "auto" (the tensor itself, ``.logits``, ``["logits"]`` or
             ``["out"]``, or the first of several), a key or attribute, a position, or a callable ``(outputs) -> logits``. A
             model whose logits look like probabilities is warned of, unless this says that they are logits.
+        check: compute the fused operators of each call by the reference too and compare: True, or the fraction of the
+            operators' calls, such as 0.01; False for never; None for what :class:`shapleycam.ops.checking` around the call or
+            the environment variable SHAPLEYCAM_CHECK says, which also reach ``heatmaps`` and ``overlay``.
+        on_mismatch: "raise" KernelMismatch, "warn", or "fallback" to the reference from then on.
 
     Raises:
         InputError: unknown method, utility, engine or backend, a utility that does not take (outputs, targets), a chunk that
-            is no positive number, or an output that cannot say where the logits are.
+            is no positive number, an output that cannot say where the logits are, or a check that is no fraction.
         LayerError: a named layer does not exist.
         ModelStateError: ``model`` is not an ``nn.Module``, or is compiled, scripted, traced or exported.
     """
@@ -90,6 +95,8 @@ class Explainer:
         chunk: int | None = None,
         images_as: str | None = None,
         output: Output = "auto",
+        check: bool | float | None = None,
+        on_mismatch: ops.OnMismatch = "raise",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelStateError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -118,6 +125,7 @@ class Explainer:
             check_chunk(chunk),
             images_as,
         )
+        self._checking = None if check is None else ops.checking(check, on_mismatch)
         self._seed = seed
         self._start()
 
@@ -183,6 +191,7 @@ class Explainer:
             LayerError: the layer is not reached, reached twice, or its layout cannot be told.
             ModelStateError: the model is in training mode.
             DerivativeError: no path from the layer to the utility, or an operator without the derivative needed.
+            KernelMismatch: a fused operator was checked and is wrong.
         """
         if with_norms and self.method.order == 0:
             raise InputError(f"Method {self.method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
@@ -229,7 +238,8 @@ class Explainer:
         orders = {method.order for method in methods}
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
-        with torch.inference_mode(False), explained_by_state(self.model):  # its tensors cannot be saved for a backward
+        checking = self._checking or nullcontext()
+        with torch.inference_mode(False), explained_by_state(self.model), checking:  # inference tensors have no backward
             self._check(inputs, targets)
             plan, found = self._derive(inputs, targets, max(orders), wanted)
             with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 from . import reference
 from .backends import LADDER, BackendStatus, backends
 from .channel_weighted_sum import channel_weighted_sum
-from .checking import checking
+from .checking import OnMismatch, checking
 from .class_maps import class_maps
 from .colormaps import table_of
 from .display_map import display_map
@@ -25,6 +25,7 @@ from .weighted_reduce import weighted_reduce
 __all__ = [
     "ORDER",
     "BackendStatus",
+    "OnMismatch",
     "backends",
     "channel_weighted_sum",
     "checking",
