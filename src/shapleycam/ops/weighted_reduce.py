@@ -79,8 +79,10 @@ def _magnitude(a: Tensor, g: Tensor, h: Tensor | None, pooling: str) -> Tensor:
         return (weight * size).sum(1)
     w = g if h is None else g - h / 2
     divisor = (2 * w**2 + w**3 * total + EPS_PLUSPLUS).abs()
-    spread = (2 * terms**2 + terms**3 * sizes + EPS_PLUSPLUS) / divisor
-    weight = torch.where(w > 0, 4 * terms**3 / divisor * (1 + spread), 0.0).sum(2, keepdim=True)
+    # The weight is w³ / divisor: the error of w = g - h/2 counts by the derivative, that of the divisor by its own terms.
+    slope = (3 * w**2 + w**3 * (4 * w + 3 * w**2 * sizes) / divisor) / divisor
+    term = slope * terms + w**3 / divisor * (1 + w**3 * sizes / divisor)
+    weight = torch.where(w > 0, term, 0.0).sum(2, keepdim=True)
     return (weight * size).sum(1)
 
 
