@@ -92,7 +92,7 @@ def _expect(arguments: tuple[Tensor, Tensor, Tensor | None, str], results: tuple
     return [within(reference(*wide, pooling), _magnitude(*wide, pooling), results[0].dtype)]
 
 
-_OPERATOR = Operator(
+OPERATOR = Operator(
     "weighted_reduce",
     "(Tensor activations, Tensor gradient, Tensor? hvp, str pooling, str backend) -> Tensor",
     reference=reference,
@@ -137,5 +137,5 @@ def weighted_reduce(
     """
     check(activations, gradient, hvp, pooling)
     refuse_gradients("weighted_reduce", activations, gradient, hvp)
-    out: Tensor = _OPERATOR(backend, activations, gradient, hvp, pooling)
+    out: Tensor = OPERATOR(backend, activations, gradient, hvp, pooling)
     return out
