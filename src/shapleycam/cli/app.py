@@ -239,6 +239,21 @@ def demo(out: Out = Path("shapleycam-out/demo"), device: Device = "auto", backen
 
 
 @app.command()
+def verify(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto verifies all that this machine has.")] = "auto",
+    backend: Annotated[str, typer.Option(help="cuda, triton, native or torch; auto verifies all that have kernels.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and layouts, in seconds.")] = False,
+) -> int:
+    """Compare every operator, dtype and layout with the reference in float64, on this machine.
+
+    Prints the worst errors and the times. The exit status is 1 where a kernel is wrong.
+    """
+    from .verify import run_verify
+
+    return run_verify(device, backend, quick, _results(), _stderr)
+
+
+@app.command()
 def info() -> int:
     """Show versions, devices and backends, and why a backend is missing."""
     from .info import show_info

@@ -43,7 +43,7 @@ def expect(arguments: tuple[Tensor, Tensor], results: tuple[Tensor, ...]) -> lis
     return [within(reference(a, alpha), reference(a.abs(), alpha.abs()), results[0].dtype)]
 
 
-_OPERATOR = Operator(
+OPERATOR = Operator(
     "channel_weighted_sum",
     "(Tensor activations, Tensor alpha, str backend) -> Tensor",
     reference=reference,
@@ -68,5 +68,5 @@ def channel_weighted_sum(activations: Tensor, alpha: Tensor, *, backend: str = "
     """
     check(activations, alpha)
     refuse_gradients("channel_weighted_sum", activations, alpha)
-    out: Tensor = _OPERATOR(backend, activations, alpha)
+    out: Tensor = OPERATOR(backend, activations, alpha)
     return out

@@ -89,7 +89,7 @@ class checking:
                 "and check the same call outside of the graph."
             )
         with torch.no_grad():
-            said = mismatch(operator, backend.name, arguments, out)
+            _, said = compare(operator, backend.name, arguments, out)
         if said is None:
             return out
         if self.on_mismatch == "raise":
@@ -136,26 +136,29 @@ def _of_environment() -> checking | None:
         ) from error
 
 
-def mismatch(operator: Operator, backend: str, arguments: tuple[Any, ...], out: Any) -> KernelMismatch | None:
-    """How ``out`` differs from the reference by more than the tolerance, or None."""
+def compare(operator: Operator, backend: str, arguments: tuple[Any, ...], out: Any) -> tuple[float, KernelMismatch | None]:
+    """The largest error of ``out`` as a part of what is allowed, and what to say where it is larger than 1."""
     parts: tuple[Tensor, ...] = out if isinstance(out, tuple) else (out,)
     plain: tuple[Tensor, ...] | None = None
+    largest = 0.0
     for index, (part, expected) in enumerate(zip(parts, operator.expect(arguments, parts), strict=True)):
-        wrong, excess = deviation(part, expected)
-        if not bool(wrong.any()):
+        if not part.numel():
             continue
-        # Float32 may overflow where float64 does not: the reference in the arguments' own dtypes may do the same.
-        if plain is None:
-            alike = operator.reference(*arguments)
-            plain = alike if isinstance(alike, tuple) else (alike,)
-        if part.is_floating_point():
-            twin = plain[index].double()
-            got = part.double()
-            wrong &= ~(~twin.isfinite() & ((got == twin) | (got.isnan() & twin.isnan())))
-            if not bool(wrong.any()):
-                continue
-        return _report(operator, backend, arguments, part, expected, wrong, torch.where(wrong, excess, -1.0))
-    return None
+        excess = deviation(part, expected)
+        worst = float(excess.max())
+        if worst > 1 and part.is_floating_point():
+            # Float32 may overflow where float64 does not: the reference in the arguments' own dtypes may do the same.
+            if plain is None:
+                alike = operator.reference(*arguments)
+                plain = alike if isinstance(alike, tuple) else (alike,)
+            twin, got = plain[index].double(), part.double()
+            overflown = ~twin.isfinite() & ((got == twin) | (got.isnan() & twin.isnan()))
+            excess = torch.where(overflown, 0.0, excess)
+            worst = float(excess.max())
+        largest = max(largest, worst)
+        if worst > 1:
+            return largest, _report(operator, backend, arguments, part, expected, excess)
+    return largest, None
 
 
 def _report(
@@ -164,15 +167,15 @@ def _report(
     arguments: tuple[Any, ...],
     part: Tensor,
     expected: Expected,
-    wrong: Tensor,
     excess: Tensor,
 ) -> KernelMismatch:
     worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), part.shape))
     got, value = part[worst].item(), expected.value[worst].item()
     allowed = expected.allowed.expand(part.shape)[worst].item()
+    count = f"{int((excess > 1).sum())} of {part.numel()} elements"
     error = KernelMismatch(
-        f"The backend {backend!r} computed {operator.name} wrong: {int(wrong.sum())} of {part.numel()} elements of the result "
-        f"{tuple(part.shape)}. The worst is {list(worst)}: {got!r} where the reference in float64 has {value!r}, and "
+        f"The backend {backend!r} computed {operator.name} wrong: {count} of the result {tuple(part.shape)}. "
+        f"The worst is {list(worst)}: {got!r} where the reference in float64 has {value!r}, and "
         f"{allowed:.2g} is allowed. Arguments: {'; '.join(map(_describe, arguments))}. Please report this text with the output "
         f"of `shapleycam info` and `shapleycam verify` as an issue of the project; until then use backend='torch', or "
         f"on_mismatch='fallback'."

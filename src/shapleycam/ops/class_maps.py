@@ -58,11 +58,12 @@ def _expect(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> list[Exp
     # The display form belongs to the signed maps that were returned: it would amplify what these may miss.
     flat = results[0].flatten(0, 1).unflatten(1, tuple(grid))
     [shown] = expect_display((flat, size, renormalize, dtype), (results[1].flatten(0, 1),))
-    shape = results[1].shape
-    return [raw, Expected(shown.value.reshape(shape), shown.allowed.expand(shown.value.shape).reshape(shape))]
+    shape, like = results[1].shape, shown.value
+    rounding = shown.rounding.reshape(shape) if isinstance(shown.rounding, Tensor) else shown.rounding
+    return [raw, Expected(like.reshape(shape), shown.allowed.expand_as(like).reshape(shape), rounding)]
 
 
-_OPERATOR = Operator(
+OPERATOR = Operator(
     "class_maps",
     "(Tensor activations, Tensor alpha, SymInt[] grid, SymInt[] size, bool renormalize, ScalarType? dtype, str backend) "
     "-> (Tensor, Tensor)",
@@ -99,5 +100,5 @@ def class_maps(
     """
     check(activations, alpha, grid, size, dtype)
     refuse_gradients("class_maps", activations, alpha)
-    raw, maps = _OPERATOR(backend, activations, alpha, list(grid), list(size), renormalize, dtype)
+    raw, maps = OPERATOR(backend, activations, alpha, list(grid), list(size), renormalize, dtype)
     return raw, maps

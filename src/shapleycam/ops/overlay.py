@@ -86,7 +86,7 @@ def _expect(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> list[Exp
     return [Expected(value, torch.ones_like(value))]
 
 
-_OPERATOR = Operator(
+OPERATOR = Operator(
     "overlay",
     "(Tensor images, Tensor heatmaps, str colormap, float alpha, float[]? mean, float[]? std, str backend) -> Tensor",
     reference=_by_name,
@@ -125,5 +125,5 @@ def overlay(
     check_name(colormap)
     shift = None if mean is None else [float(x) for x in mean]
     scale = None if std is None else [float(x) for x in std]
-    out: Tensor = _OPERATOR(backend, images.detach(), heatmaps.detach(), colormap, alpha, shift, scale)
+    out: Tensor = OPERATOR(backend, images.detach(), heatmaps.detach(), colormap, alpha, shift, scale)
     return out

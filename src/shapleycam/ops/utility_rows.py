@@ -91,7 +91,7 @@ def _expect(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> list[Exp
     return [within(value, _magnitude(z, targets, b, utility, scale), results[0].dtype)]
 
 
-_OPERATOR = Operator(
+OPERATOR = Operator(
     "utility_rows",
     "(Tensor logits, Tensor targets, Tensor? bias, str utility, SymInt order, float scale, str backend) -> Tensor",
     reference=reference,
@@ -130,5 +130,5 @@ def utility_rows(
     """
     check(logits, targets, bias, utility, order)
     refuse_gradients("utility_rows", logits, bias)
-    out: Tensor = _OPERATOR(backend, logits, targets, bias, utility, order, scale)
+    out: Tensor = OPERATOR(backend, logits, targets, bias, utility, order, scale)
     return out

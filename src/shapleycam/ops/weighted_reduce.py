@@ -77,13 +77,12 @@ def _magnitude(a: Tensor, g: Tensor, h: Tensor | None, pooling: str) -> Tensor:
         divisor = (total + EPS_ACTIVATION).abs()
         weight = (terms * size).sum(2, keepdim=True) / divisor * (1 + sizes / divisor)
         return (weight * size).sum(1)
-    # f(w) = w³ / D: what rounding w does to it, and what rounding D does.
     w = g if h is None else g - h / 2
-    divisor = 2 * w**2 + w**3 * total + EPS_PLUSPLUS
-    slope = (3 * w**2 * divisor - w**3 * (4 * w + 3 * w**2 * total)) / divisor**2
-    value = w**3 / divisor
-    spread = (2 * w**2 + w.abs() ** 3 * sizes) / divisor.abs()
-    weight = torch.where(w > 0, 4 * (slope.abs() * terms + value.abs() * (1 + spread)), 0.0).sum(2, keepdim=True)
+    divisor = (2 * w**2 + w**3 * total + EPS_PLUSPLUS).abs()
+    # The weight is w³ / divisor: the error of w = g - h/2 counts by the derivative, that of the divisor by its own terms.
+    slope = (3 * w**2 + w**3 * (4 * w + 3 * w**2 * sizes) / divisor) / divisor
+    term = slope * terms + w**3 / divisor * (1 + w**3 * sizes / divisor)
+    weight = torch.where(w > 0, term, 0.0).sum(2, keepdim=True)
     return (weight * size).sum(1)
 
 
@@ -93,7 +92,7 @@ def _expect(arguments: tuple[Tensor, Tensor, Tensor | None, str], results: tuple
     return [within(reference(*wide, pooling), _magnitude(*wide, pooling), results[0].dtype)]
 
 
-_OPERATOR = Operator(
+OPERATOR = Operator(
     "weighted_reduce",
     "(Tensor activations, Tensor gradient, Tensor? hvp, str pooling, str backend) -> Tensor",
     reference=reference,
@@ -138,5 +137,5 @@ def weighted_reduce(
     """
     check(activations, gradient, hvp, pooling)
     refuse_gradients("weighted_reduce", activations, gradient, hvp)
-    out: Tensor = _OPERATOR(backend, activations, gradient, hvp, pooling)
+    out: Tensor = OPERATOR(backend, activations, gradient, hvp, pooling)
     return out
