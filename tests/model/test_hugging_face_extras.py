@@ -70,3 +70,30 @@ def test_segmentation_logits():
     result = Explainer(model, "decode_head.linear_fuse", utility=SegmentationScore())(images, targets=found)
     assert result.raw.shape == (2, 16, 24) and (result.raw.flatten(1).std(1) > 0).all()
     assert result.heatmaps().shape == (2, 64, 96)
+
+
+def test_clips_with_time_first():
+    clip = {"image_size": 64, "num_frames": 8, "tubelet_size": 2}
+    model = seeded("VideoMAE", "VideoClassification", **VIT, **clip)
+    result = Explainer(model)(torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(5)))
+    assert result.diagnostics.layouts == (Layout("NTC", (4, 4, 4), time_axis=1),)
+    assert result.heatmaps().shape == (2, 8, 64, 64)
+
+
+def found(outputs, targets):
+    return outputs.logits.softmax(-1)[:, :, :-1].amax((1, 2))
+
+
+def test_detection_tokens_behind_the_patches():
+    model = seeded("Yolos", "ObjectDetection", **VIT, image_size=[64, 96], num_detection_tokens=10)
+    result = Explainer(model, utility=found)(noise(64, 96))
+    assert result.diagnostics.layouts == (Layout("NTC", (4, 6), 1, 10),) and (result.raw.flatten(1).std(1) > 0).all()
+
+
+def test_a_position_embedding_is_no_layer():
+    stages = transformers.ResNetConfig(**STAGES, embedding_size=16, layer_type="basic", out_features=["stage4"])
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    options = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": stages}
+    model = seeded("Detr", "ObjectDetection", **options, **sizes, d_model=32, num_queries=5)
+    result = Explainer(model, utility=found)(noise(64, 96))
+    assert result.diagnostics.layers == ("model.encoder.layers.0",) and result.raw.shape == (2, 2, 3)
