@@ -113,6 +113,7 @@ def test_a_constant_or_broken_map_has_coherency_0(value):
     assert coherency(a, c).tolist() == [0.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*the map is all zeros:shapleycam.ShapleyCamWarning")
 def test_dead_maps_give_a_row_without_nan(images):
     model = network()
     with torch.no_grad():

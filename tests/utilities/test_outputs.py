@@ -223,6 +223,7 @@ def test_logits_of_a_classifier_that_ends_in_a_convolution(ones, head, method):
     assert torch.equal(maps_of(lambda z: z[..., None, None], head, method).targets, maps_of(lambda z: z, head, method).targets)
 
 
+@pytest.mark.filterwarnings("ignore:.*the map is all zeros:shapleycam.ShapleyCamWarning")
 def test_a_segmentation_of_one_pixel_keeps_its_shape_and_its_category():
     form = lambda z: z[..., None, None]
     result = maps_of(form, "flatten-mlp", utility=SegmentationScore(category=3))
@@ -233,6 +234,7 @@ def test_a_segmentation_of_one_pixel_keeps_its_shape_and_its_category():
     torch.testing.assert_close(masked.raw, expected.raw, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*the map is all zeros:shapleycam.ShapleyCamWarning")
 def test_utilities_that_read_the_logits_follow_output():
     concept = torch.arange(1.0, 6.0, dtype=torch.float64)
     expected = maps_of(lambda z: z, utility=EmbeddingSimilarity(concept))

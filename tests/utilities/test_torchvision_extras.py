@@ -119,6 +119,7 @@ def boxes_of(found, count=3):
     return [f["boxes"][:count] + 0.5 for f in found], [f["labels"][:count] for f in found]
 
 
+@pytest.mark.filterwarnings("ignore:.*the map is all zeros:shapleycam.ShapleyCamWarning")
 def test_the_lines_of_the_readme_run(detector):
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "SegmentationScore" in b]
