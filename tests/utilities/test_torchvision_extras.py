@@ -125,6 +125,8 @@ def test_the_lines_of_the_readme_run(detector):
     [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "SegmentationScore" in b]
     torch.manual_seed(0)
     fcn = alive(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None))
+    with torch.no_grad():
+        fcn.classifier[-1].bias[12] += 100  # the class explained is one that pixels are predicted to have
     encoder = alive(torchvision.models.resnet18(num_classes=7))
     rcnn, layer, images, _ = detector
     assert layer in block
