@@ -28,6 +28,9 @@ step "build" 120 env SHAPLEYCAM_BUILD=cuda "$python" -m pip install --quiet --no
 export PYTHONPATH="$work/site:$PWD" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
+# The contract first: the rest is of no use where a kernel is wrong. Triton compiles its variants here already.
+step "the contract" 100 "$python" -m bench.verify
+
 # In two steps: Triton compiles several hundred variants, and how long that takes on a GPU machine has not been measured yet.
 step "tests of the CUDA kernels and the explainer" 90 "$python" -m pytest tests/gpu tests/ops -q -k "not triton" \
   --junitxml="$out/gpu-tests.xml"
