@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from shapleycam import BackendError, ops
 from shapleycam.ops.tolerance import TOLERANCE
 
 __all__ = ["TOLERANCE"]  # (rtol, atol) against float64, by the dtype of the result: the package's own table
@@ -133,3 +134,16 @@ def network(curved: bool = True, classes: int = 7) -> nn.Module:
     with torch.no_grad():
         model[-1].weight *= 8
     return model.eval()
+
+
+def available(operator: str, device: str = "cpu") -> list[str]:
+    """The backends that serve an operator on a kind of device here."""
+    found = []
+    for name in ops.ORDER:
+        try:
+            pooling = "mean" if operator == "weighted_reduce" else None
+            ops.select(operator, torch.empty(1, device=device), pooling=pooling, backend=name)
+        except BackendError:
+            continue
+        found.append(name)
+    return found

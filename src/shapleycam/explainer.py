@@ -275,9 +275,7 @@ class Explainer:
                 said = str(change)
                 self._forget()
                 without = said if attempt else None
-        raise ModelStateError(
-            f"The model changes from one forward pass to the next: {said}. Explain it while nothing edits it."
-        )
+        raise _unsteady(said)
 
     def _finish(
         self,
@@ -369,7 +367,10 @@ class Explainer:
                 try:
                     plan = self._study(self.method.order, inputs, targets)
                 except Outdated as change:
-                    plan = self._study(self.method.order, inputs, targets, without=str(change))
+                    try:
+                        plan = self._study(self.method.order, inputs, targets, without=str(change))
+                    except Outdated as again:
+                        raise _unsteady(str(again)) from None
         return plan
 
     def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
@@ -412,3 +413,7 @@ class Explainer:
                 self._generator = torch.Generator(activations.device).manual_seed(self._seed)
             shape = (activations.shape[0], classes, activations.shape[1])
             return torch.rand(shape, generator=self._generator, device=activations.device) * 2 - 1
+
+
+def _unsteady(said: str) -> ModelStateError:
+    return ModelStateError(f"The model changes from one forward pass to the next: {said}. Explain it while nothing edits it.")

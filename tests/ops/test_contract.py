@@ -17,22 +17,11 @@ from shapleycam import BackendError, DerivativeError, InputError, ops
 from shapleycam.ops import reference
 from shapleycam.ops.shared import POOLINGS
 
-from ..helpers import TOLERANCE
+from ..helpers import TOLERANCE, available
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REGISTERED = torch.ops.shapleycam
 LAYOUTS = ["first", "last", "tokens", "misaligned", "transposed"]
-
-
-def available(operator, device):
-    found = []
-    for name in ops.ORDER:
-        try:
-            ops.select(operator, torch.empty(1, device=device), pooling="mean", backend=name)
-        except BackendError:
-            continue
-        found.append(name)
-    return found
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

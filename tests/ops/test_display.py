@@ -6,7 +6,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shapleycam import BackendError, InputError, ops
+from shapleycam import InputError, ops
+
+from ..helpers import available
 
 
 def test_literal_display_map():
@@ -21,24 +23,13 @@ def test_literal_display_map():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def available(operator):
-    found = []
-    for name in ops.ORDER:
-        try:
-            ops.select(operator, torch.empty(1, device=DEVICE), backend=name)
-        except BackendError:
-            continue
-        found.append(name)
-    return found
-
-
 def test_the_backends_that_must_be_here_are():
     for operator in ("display_map", "overlay"):
-        assert {"torch", "triton"} <= set(available(operator))
-        assert DEVICE != "cpu" or "native" in available(operator)
+        assert {"torch", "triton"} <= set(available(operator, DEVICE))
+        assert DEVICE != "cpu" or "native" in available(operator, DEVICE)
 
 
-@pytest.mark.parametrize("backend", available("display_map"))
+@pytest.mark.parametrize("backend", available("display_map", DEVICE))
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     grid=st.lists(st.integers(1, 9), min_size=1, max_size=3),
@@ -64,7 +55,7 @@ def test_display_map_on_every_backend(backend, grid, factor, batch, dtype, renor
     assert torch.equal(coarse, (result.clamp(0, 1).float() * 255).round().to(torch.uint8)) or wide == torch.float64
 
 
-@pytest.mark.parametrize("backend", available("display_map"))
+@pytest.mark.parametrize("backend", available("display_map", DEVICE))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_display_map_keeps_what_is_not_finite(backend, bad, renormalize):
@@ -77,14 +68,14 @@ def test_display_map_keeps_what_is_not_finite(backend, bad, renormalize):
     assert not ops.display_map(raw, (7, 9), dtype=torch.uint8, backend=backend)[1].any() or bad == float("-inf")
 
 
-@pytest.mark.parametrize("backend", available("display_map"))
+@pytest.mark.parametrize("backend", available("display_map", DEVICE))
 def test_rows_wider_than_a_block(backend):
     raw = torch.randn(1, 2, 1500, device=DEVICE)
     expected = ops.reference.display_map(raw.double(), (3, 1700), True)
     torch.testing.assert_close(ops.display_map(raw, (3, 1700), backend=backend).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", available("overlay"))
+@pytest.mark.parametrize("backend", available("overlay", DEVICE))
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("normalised", [False, True])

@@ -5,33 +5,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shapleycam import BackendError, DerivativeError, InputError, ops
+from shapleycam import DerivativeError, InputError, ops
 from shapleycam.ops.shared import UTILITIES as NAMES
 from shapleycam.utilities import UTILITIES
 
-from ..helpers import TOLERANCE
+from ..helpers import TOLERANCE, available
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def available(operator):
-    found = []
-    for name in ops.ORDER:
-        try:
-            ops.select(operator, torch.empty(1, device=DEVICE), backend=name)
-        except BackendError:
-            continue
-        found.append(name)
-    return found
-
-
-BACKENDS = available("utility_rows")
+BACKENDS = available("utility_rows", DEVICE)
 
 
 def test_the_backends_that_must_be_here_are():
     for operator in ("utility_rows", "class_maps"):
-        assert {"torch", "triton", "native" if DEVICE == "cpu" else "cuda"} <= set(available(operator))
+        assert {"torch", "triton", "native" if DEVICE == "cpu" else "cuda"} <= set(available(operator, DEVICE))
 
 
 def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):
@@ -150,7 +139,7 @@ def test_head_weights_of_a_weight_that_is_no_plain_tensor():
     close(ops.head_weights(rows, weight.as_subclass(Packed)), rows.double() @ weight.double() * 2, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", available("class_maps"))
+@pytest.mark.parametrize("backend", available("class_maps", DEVICE))
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     grid=st.lists(st.integers(1, 9), min_size=1, max_size=3),
@@ -181,7 +170,7 @@ def test_class_maps_are_its_two_parts(backend, grid, n, m, c, dtype, last, renor
         torch.testing.assert_close(maps, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", available("class_maps"))
+@pytest.mark.parametrize("backend", available("class_maps", DEVICE))
 def test_class_maps_of_activations_too_large_for_one_program(backend):
     a, alpha = draw(1, 700, 196), draw(1, 2, 700, seed=1)
     raw, maps = ops.class_maps(a, alpha, (14, 14), (28, 28), backend=backend)
@@ -191,7 +180,7 @@ def test_class_maps_of_activations_too_large_for_one_program(backend):
     )
 
 
-@pytest.mark.parametrize("backend", available("class_maps"))
+@pytest.mark.parametrize("backend", available("class_maps", DEVICE))
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_whole_head_is_the_shapley_weight_by_autograd(backend, order):
     """raw = sum_c A (g - HA/2) with the derivatives of U(W mean(A) + b) taken in A, in float64."""

@@ -82,10 +82,10 @@ def as_targets(targets: Any) -> Any:
 
 
 def place_targets(targets: Any, logits: Tensor | None, batch: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Targets as int64 [N, M] on ``device``, and a poison [N].
+    """Targets as int64 [N, M] on ``device``, and a mark [N].
 
-    An index that lives on the device cannot be checked without waiting for it. It is clamped, and its image's map poisoned
-    with NaN, so that a wrong index is neither an illegal read nor a pretty map.
+    An index that lives on the device cannot be checked without waiting for it. It is clamped, and its image
+    marked with NaN, which makes its map NaN, so that a wrong index is neither an illegal read nor a pretty map.
     """
     classes = logits.shape[1] if logits is not None and logits.ndim == 2 else None
     check_targets(targets, batch, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -45,7 +46,7 @@ class Call(NamedTuple):
     pooling: str | None = None
 
 
-class Backend:
+class Backend(ABC):
     """A rung of the ladder. A fused backend has one method per operator, ``operator(*arguments, out)``, which fills ``out``."""
 
     name: ClassVar[str]
@@ -56,9 +57,9 @@ class Backend:
     #: By the weight's dtype: from how many to how many rows channel_weighted_sum beats the library's product on a CPU.
     few_rows: ClassVar[Mapping[torch.dtype, tuple[int, int]]] = {}
 
+    @abstractmethod
     def status(self) -> BackendStatus:
         """Whether it is there, what it is, or why it is missing."""
-        raise NotImplementedError
 
     def can(self, call: Call) -> str | None:
         """None, or why it cannot take the call. The answer is kept: it depends on the call and on this machine alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar
@@ -42,9 +43,9 @@ class Compiled(Backend):
             return BackendStatus(False, f"the compiled extension is missing ({module})")
         return self.status_of(module)
 
+    @abstractmethod
     def status_of(self, module: ModuleType) -> BackendStatus:
         """The status where the extension is there."""
-        raise NotImplementedError
 
     def can(self, call: Call) -> str | None:
         refusal = super().can(call)
@@ -52,9 +53,9 @@ class Compiled(Backend):
             return f"it does not implement the pooling {call.pooling!r}"
         return refusal
 
+    @abstractmethod
     def queue(self, tensor: Tensor) -> int:
         """The last argument of every function: how many threads, or which stream."""
-        raise NotImplementedError
 
     @functools.cached_property
     def _module(self) -> ModuleType:
