@@ -216,15 +216,19 @@ def test_nothing_accumulates(batch):
     explainer = Explainer(toy())
 
     def tensors():
-        gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        # What earlier tests left behind may take more than one round to go.
+        counts = [-1, -2]
+        while counts[-1] != counts[-2]:
+            gc.collect()
+            counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+        return counts[-1]
 
     for _ in range(2):
         explainer(batch, [0, 1, 2])
     before = tensors()
-    for _ in range(5):
+    for _ in range(30):
         explainer(batch, [0, 1, 2])
-    assert tensors() == before
+    assert tensors() <= before
 
 
 def test_one_forward_pass_per_call(batch):
