@@ -94,6 +94,7 @@ class Facts:
                 prefix=prefix,
                 patch=patch,
                 suffix=suffix,
+                channels_second=self.stem is not None,
             )
             if len(self._layouts) >= _MOST_LAYOUTS:
                 self._layouts.clear()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shapleycam import LayerError, Layout
+from shapleycam import Explainer, LayerError, Layout
 from shapleycam.model.layouts import resolve_layout
 
 
@@ -104,3 +104,20 @@ def test_a_layer_has_no_more_positions_than_the_images():
     # The last block of an Inception network for video: what it ends in is one branch of four, with 128 channels.
     block = nn.Sequential(nn.Conv3d(1024, 384, 1), nn.Conv3d(384, 128, 1))
     assert resolve_layout((1, 1024, 2, 7, 7), (1, 3, 16, 224, 224), name="x", module=block) == Layout("NCDHW", (2, 7, 7))
+
+
+@pytest.mark.parametrize("layer", ["target", "auto"])
+def test_many_channels_before_few_slices_are_channels(layer):
+    """Shapes alone would take twelve channels of four slices for twelve frames of four channels."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for name, part in {
+        "target": nn.Conv3d(12, 6, 3, padding=1),
+        "pool": nn.AdaptiveAvgPool3d(1),
+        "flat": nn.Flatten(),
+        "classifier": nn.Linear(6, 5),
+    }.items():
+        model.add_module(name, part)
+    found = Explainer(model.eval(), layer)(torch.randn(2, 12, 4, 10, 8))
+    assert found.raw.shape == (2, 4, 10, 8)
+    assert found.heatmaps().shape == (2, 4, 10, 8)

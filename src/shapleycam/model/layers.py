@@ -65,10 +65,10 @@ def find_layer(
     question = Question(model, seen, utility, targets)
     prefix, _ = token_facts(model)
     records = [r for r in _maps(model, seen) if r.output.shape[0] == image_shape[0]]
-    candidates = readable = _with_layout(model, records, image_shape, wanted, strict=True)
+    candidates = readable = _with_layout(model, records, image_shape, wanted, strict=True, stem=seen.stem is not None)
     if not any(layout.kind == "NTC" for _, layout in candidates):
         # Beside tokens, four dimensions without the images' aspect ratio are attention heads, and not uneven strides.
-        candidates = readable = _with_layout(model, records, image_shape, wanted, strict=False)
+        candidates = readable = _with_layout(model, records, image_shape, wanted, strict=False, stem=seen.stem is not None)
     candidates = _before_the_logits(_feature_maps(candidates), seen)
     tokens = _tokens_of_unknown_grid(records, readable, prefix)
     size, found, answer = _WINDOW, None, None
@@ -116,6 +116,7 @@ def _with_layout(
     image_shape: Sequence[int],
     wanted: str | Layout | ReshapeTransform,
     strict: bool,
+    stem: bool,
 ) -> list[Candidate]:
     prefix, patch = token_facts(model)
     found = []
@@ -130,6 +131,7 @@ def _with_layout(
                 prefix=prefix,
                 patch=patch,
                 suffix=token_suffix(model),
+                channels_second=stem,
                 strict=strict,
             )
         except LayerError:

@@ -158,13 +158,14 @@ def resolve_layout(
     patch: tuple[int, ...] | None = None,
     strict: bool = False,
     suffix: int | None = None,
+    channels_second: bool = False,
 ) -> Layout:
     """The layout of a layer's output of shape ``shape`` for images of shape ``image_shape`` [N, channels, H, W].
 
     The evidence, in order: the caller's wish; which dimensions have the images' aspect ratio; the kind of module.
     For tokens: the model's patch size and number of prefix tokens. For one spatial dimension every shape has the images'
     "aspect ratio", so the kind of module comes first there. Images [N, T, channels, H, W] of up to four channels and more
-    than four frames are read as such.
+    than four frames are read as such, unless a convolution says otherwise.
 
     Args:
         shape: the layer's output shape, batch first.
@@ -176,11 +177,12 @@ def resolve_layout(
         patch: the model's patch size, if it has a patch embedding.
         strict: take the images' aspect ratio only, and not the module's word where no dimensions have it.
         suffix: how many trailing tokens the model declares, if it does.
+        channels_second: a convolution reads the images directly, so their second dimension is the channels, whatever its size.
 
     Raises:
         LayerError: the output has no positions, the wish does not fit the shape, or the shape is ambiguous.
     """
-    shape, time_axis = tuple(shape), _time_axis(image_shape)
+    shape, time_axis = tuple(shape), 2 if channels_second else _time_axis(image_shape)
     space = Layout("", (), time_axis=time_axis).space(image_shape)
     if isinstance(wanted, ReshapeTransform):
         return wanted.layout(shape, name)
