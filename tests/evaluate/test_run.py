@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,29 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_digit(classifier, folde
         assert getattr(resumed, name) == getattr(whole, name), name
     again = evaluate(classifier, samples, PROTOCOL, state)  # nothing is left to do
     assert again.resumed == again.batches and again.rows == whole.rows
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_what_is_done_is_kept_whenever_it_is_interrupted(classifier, folder, tmp_path, monkeypatch, kind):
+    """In the middle of a batch, with the tables of some methods changed and those of others not, and long before a save."""
+    samples, state = open_samples(folder, SMALL), tmp_path / "state.json"
+    whole = evaluate(classifier, samples, PROTOCOL)
+    calls, update = [], ADCC.update
+
+    def interrupted(self, *tensors):
+        calls.append(1)
+        if len(calls) == 3 * 3 + 2:  # the second of three methods, in the fourth batch
+            raise kind
+        update(self, *tensors)
+
+    monkeypatch.setattr(ADCC, "update", interrupted)
+    with pytest.raises(kind):
+        evaluate(classifier, samples, replace(PROTOCOL, save_every=100), state)
+    monkeypatch.setattr(ADCC, "update", update)
+    resumed = evaluate(classifier, samples, PROTOCOL, state)
+    assert resumed.resumed == 3
+    for name in ("rows", "images", "unreadable", "labelled", "correct", "unknown_labels"):
+        assert getattr(resumed, name) == getattr(whole, name), name
 
 
 def test_a_state_of_other_settings_is_refused(classifier, folder, tmp_path):
@@ -229,6 +253,43 @@ def test_killed_and_resumed(photographs, tmp_path, capsys):
     assert (killed / "table.csv").read_text() == (whole / "table.csv").read_text()
     assert run([*arguments, "--utility", "logit", "--output", str(killed)]) == 2
     assert "--restart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_keeps_what_is_done_and_says_so(photographs, tmp_path, workers):
+    """Progress is a line after every batch here, so that the interrupt falls into a batch behind the first."""
+    code = """
+import signal, sys
+from shapleycam.cli import progress
+from shapleycam.cli.app import run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+progress.INTERVAL = 0
+sys.exit(run(sys.argv[1:]))
+"""
+    arguments = ["evaluate", str(photographs), "--methods", "gradcam,randomcam", "--batch-size", "1", "--json"]
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, "--workers", str(workers), "--output", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=100)
+    assert line.startswith("efficientnet-lite0: 1 of 5 batches, about ")
+    assert process.returncode == 130 and printed == "" and "Traceback" not in said
+    done = json.loads((out / "state-efficientnet-lite0.json").read_text())["done"]
+    assert 1 <= done < 5
+    assert f"{done} of 5 batches are done" in said and "the same command goes on" in said
+    assert not (out / "table.json").exists()
+
+
+def test_json_is_the_file(photographs, tmp_path, capsys):
+    assert run(["evaluate", str(photographs), "--methods", "gradcam", "--limit", "1", "--json", "--output", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads((tmp_path / "table.json").read_text())
+    assert "table.csv" in captured.err
 
 
 def test_the_command_s_table(photographs, tmp_path, capsys):

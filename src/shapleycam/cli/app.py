@@ -191,12 +191,13 @@ def evaluate(
     ] = False,
     network: Annotated[list[str] | None, typer.Option(help="With --paper-table: only this network; repeatable.")] = None,
     download: Annotated[bool, typer.Option("--download", help="With --paper-table: fetch weights that are missing.")] = False,
+    json: Json = False,
 ) -> int:
     """Evaluate attribution methods on a folder of pictures: Average Drop, Coherency, Complexity, ADCC and their kin.
 
     Prints the table of arXiv 2501.06261 and writes table.csv, table.json and table.png. Pictures that cannot be read are
-    reported and counted, the others are done, and the exit status is 1. A run that was interrupted goes on where it was saved,
-    to the same numbers.
+    reported and counted, the others are done, and the exit status is 1. A run that was interrupted goes on where it stopped, to
+    the same numbers, when it is called again in the same way.
     """
     from ..evaluate.run import Protocol
     from ..methods.table import PAPER_METHODS
@@ -226,6 +227,7 @@ def evaluate(
         paper_table=paper_table,
         networks=tuple(network or ()),
         download=download,
+        json=json,
     )
     return run_evaluate(options, _results(), _stderr)
 

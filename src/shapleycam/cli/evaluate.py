@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.samples import open_samples
 from ..errors import InputError, ShapleyCamError
@@ -17,8 +16,9 @@ from ..evaluate.paper import PRESETS, Preset, get_preset, load_preset
 from ..evaluate.run import Protocol, evaluate
 from ..methods.table import get_method
 from ..model.zoo import DEFAULT_MODEL, Classifier, load_classifier
-from .explain import pick_device
-from .report import Section, print_report, write_report
+from .explain import pick_device, print_json
+from .progress import Steps
+from .report import Section, content, print_report, write_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,13 @@ class Options:
     paper_table: bool = False
     networks: tuple[str, ...] = ()
     download: bool = False
+    json: bool = False
 
 
 def run_evaluate(options: Options, results: Console, progress: Console) -> int:
     """Evaluate one network, or the paper's; returns the exit status, 1 if a picture or a network had to be left out.
+
+    After Ctrl-C it is 130; what is done is in the state files, and the same command goes on from there.
 
     Raises:
         ShapleyCamError: nothing can be evaluated at all.
@@ -71,11 +74,17 @@ def run_evaluate(options: Options, results: Console, progress: Console) -> int:
             # The other networks can still be done.
             missing.append(f"{preset.network}: {str(error).removeprefix(f'{preset.network}: ')}")
             progress.print(f"[bold red]left out:[/] {escape(missing[-1])}")
+        except KeyboardInterrupt:
+            progress.print("[bold red]interrupted:[/] what is done is kept, and the same command goes on from there.")
+            return 130
     if not sections:
         raise InputError("None of the networks could be evaluated.")
-    print_report(sections, results)
+    if options.json:
+        print_json(content(sections, missing), results)
+    else:
+        print_report(sections, results)
     for file in write_report(sections, options.output, missing, progress):
-        results.print(f"written: {escape(str(file))}", soft_wrap=True)
+        (progress if options.json else results).print(f"written: {escape(str(file))}", soft_wrap=True)
     bad = any(section.outcome.unreadable or section.outcome.skipped for section in sections)
     return 1 if bad or missing else 0
 
@@ -95,16 +104,15 @@ def _one(options: Options, preset: Preset | None, progress: Console) -> Section:
     state = options.output / f"state-{name}.json"
     if options.restart:
         state.unlink(missing_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=progress, transient=True) as bar:
-        task = bar.add_task(escape(name), total=None)
-        outcome = evaluate(
-            classifier,
-            samples,
-            protocol,
-            state,
-            progress=lambda done, of: bar.update(task, completed=done, total=of),
-        )
+    with Steps(progress, name, "batches") as steps:
+        try:
+            outcome = evaluate(classifier, samples, protocol, state, progress=steps.at)
+        except KeyboardInterrupt:
+            done = (
+                f"{steps.done} of {steps.total} batches are done; they are in {state}" if steps.done else "nothing is done yet"
+            )
+            progress.print(escape(f"{name}: {done}."))
+            raise
     if outcome.resumed:
         progress.print(f"{escape(name)}: {outcome.resumed} of {outcome.batches} batches were done before.")
     for picture, reason in outcome.unreadable:

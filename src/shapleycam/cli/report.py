@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def write_report(sections: Sequence[Section], folder: Path, missing: Sequence[st
     """table.csv, table.json and table.png; returns those that were written (no picture without matplotlib)."""
     files = [folder / "table.csv", folder / "table.json"]
     write_whole(files[0], _csv(sections))
-    write_whole(files[1], json.dumps(_content(sections, missing), indent=1, ensure_ascii=False) + "\n")
+    write_whole(files[1], json.dumps(content(sections, missing), indent=1, ensure_ascii=False) + "\n")
     try:
         files.append(_plot(sections, folder / "table.png"))
     except InputError as error:
@@ -123,7 +124,8 @@ def _csv(sections: Sequence[Section]) -> str:
     return text.getvalue()
 
 
-def _content(sections: Sequence[Section], missing: Sequence[str]) -> dict[str, Any]:
+def content(sections: Sequence[Section], missing: Sequence[str]) -> dict[str, Any]:
+    """All that the tables show, and the conditions, for a JSON document; a number that is not finite is null."""
     return {
         "conditions": {
             "shapleycam": __version__,
@@ -165,7 +167,7 @@ def _content(sections: Sequence[Section], missing: Sequence[str]) -> dict[str, A
 
 
 def _number(value: float) -> float | None:
-    return value if value == value else None  # JSON has no NaN
+    return value if math.isfinite(value) else None
 
 
 def _plot(sections: Sequence[Section], file: Path) -> Path:

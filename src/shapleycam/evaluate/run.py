@@ -2,7 +2,8 @@
 
 Batches are fixed by the order of the pictures and the batch size, broken pictures included. The sums are float64 and are
 written as text that keeps every digit, together with all that the result depends on. RandomCAM's numbers are drawn per batch.
-So a run that was killed goes on at the last saved batch, and ends with the table of a run that was not.
+So a run that was interrupted goes on at its last whole batch, one that was killed at its last saved batch, and both end with
+the table of a run that was not.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def evaluate(
         classifier: model and class names; its device is the model's.
         samples: the pictures, cut for this classifier.
         protocol: what is measured.
-        state: a JSON file that is written after every ``save_every`` batches and at the end, in one piece, and that a later
-            call with the same arguments takes up; None to keep nothing.
+        state: a JSON file that is written after every ``save_every`` batches, at the end, and when the run is interrupted or
+            fails, in one piece, and that a later call with the same arguments takes up; None to keep nothing.
         progress: called with the batches behind us and in all.
 
     Raises:
@@ -138,14 +139,24 @@ def evaluate(
         num_workers=protocol.workers,
     )
     progress(outcome.done, outcome.batches)
-    for batch in loader if outcome.done < outcome.batches else ():
-        # The random numbers of a batch do not depend on where the run began.
-        explainer.reseed(protocol.seed * 1_000_003 + outcome.done)
-        _add(batch, explainer, classifier, methods, tables, outcome, label_of, device)
-        outcome.done += 1
-        if state is not None and (outcome.done % protocol.save_every == 0 or outcome.done == outcome.batches):
-            _save(state, key, outcome, tables)
-        progress(outcome.done, outcome.batches)
+    unsaved: dict[str, Any] | None = None  # the state behind the last whole batch, until it is in the file
+    try:
+        for batch in loader if outcome.done < outcome.batches else ():
+            # The random numbers of a batch do not depend on where the run began.
+            explainer.reseed(protocol.seed * 1_000_003 + outcome.done)
+            _add(batch, explainer, classifier, methods, tables, outcome, label_of, device)
+            outcome.done += 1
+            if state is not None:
+                unsaved = _content(key, outcome, tables)
+                if outcome.done % protocol.save_every == 0 or outcome.done == outcome.batches:
+                    _save(state, unsaved)
+                    unsaved = None
+            progress(outcome.done, outcome.batches)
+    except BaseException:
+        # Ctrl-C, memory that ran out, …: in the middle of a batch, so what counts is the state before it.
+        if state is not None and unsaved is not None:
+            _save(state, unsaved)
+        raise
     outcome.rows = {name: {column: float(value) for column, value in table.compute().items()} for name, table in tables.items()}
     outcome.images = min(int(table.images) for table in tables.values())
     outcome.skipped = max(int(table.skipped) for table in tables.values())
@@ -267,17 +278,21 @@ def _weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _save(file: Path, key: dict[str, Any], outcome: Outcome, tables: dict[str, ADCC]) -> None:
-    content = {
+def _content(key: dict[str, Any], outcome: Outcome, tables: dict[str, ADCC]) -> dict[str, Any]:
+    """The state, in copies that the next batch does not change."""
+    return {
         "format": _FORMAT,
         "key": key,
         "done": outcome.done,
         "tables": {name: table.save() for name, table in tables.items()},
-        "unreadable": outcome.unreadable,
+        "unreadable": list(outcome.unreadable),
         "labelled": outcome.labelled,
         "correct": outcome.correct,
-        "unknown_labels": outcome.unknown_labels,
+        "unknown_labels": dict(outcome.unknown_labels),
     }
+
+
+def _save(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(content))
 
