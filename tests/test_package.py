@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,13 @@ def test_type_checkers_tell_users_of_misspelt_names(tmp_path: Path) -> None:
     out, errors, _ = api.run(["--no-incremental", "--cache-dir", str(tmp_path), "--config-file", str(settings), str(file)])
     assert 'Revealed type is "shapleycam.model.layouts.Layout"' in out, out + errors
     assert 'Module has no attribute "Layuot"' in out
+
+
+def test_the_version_is_written_once() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in settings["project"] and settings["project"]["dynamic"] == ["version"]
+    # The builds read it with the least of parsers: setuptools a literal, CMake three numbers.
+    text = (ROOT / "src" / "shapleycam" / "_version.py").read_text(encoding="utf-8")
+    assert re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', text, re.MULTILINE) == [shapleycam.__version__]
+    assert not re.search(r"project\(shapleycam VERSION \d", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
