@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench parity picture ci clean
+.PHONY: help install demo test quick lint format bench parity picture ci clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## Explain five photographs; prints where the contact sheet is
 
 test: $(STAMP)  ## The whole test suite
 	$(BIN)/python -m pytest
+
+quick: $(STAMP)  ## Within a minute: the tests without the Triton interpreter, large networks and processes of their own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not interpreter and not gpu"
 
 lint: $(STAMP)  ## What CI checks: ruff, ruff format, mypy, clang-format
 	$(BIN)/ruff check .

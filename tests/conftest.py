@@ -70,6 +70,13 @@ def images() -> Tensor:
 
 
 def pytest_collection_modifyitems(items):
+    """Marks what a backend's name and a file's name say: ``interpreter``, and ``slow`` for whole files of other libraries."""
+    on_gpu = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if not on_gpu and "triton" in [value for value in parameters if isinstance(value, str)]:
+            item.add_marker(pytest.mark.interpreter)
+        if item.path.stem.endswith("_extras") or item.path.parent.name == "compat":
+            item.add_marker(pytest.mark.slow)

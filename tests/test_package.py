@@ -53,6 +53,7 @@ except ImportError as error:
     assert "cannot import name 'Explainr'" in python(code)
 
 
+@pytest.mark.slow
 def test_submodules_are_attributes() -> None:
     # In an order in which none is there because of one before it.
     asked = ", ".join(f"shapleycam.{module}.__name__" for module in ("errors", "ops", *shapleycam._MODULES))
@@ -65,6 +66,7 @@ def test_names_survive_pickling() -> None:
         assert pickle.loads(pickle.dumps(thing)) is thing is copy.deepcopy(thing)
 
 
+@pytest.mark.slow
 def test_type_checkers_tell_users_of_misspelt_names(tmp_path: Path) -> None:
     api = pytest.importorskip("mypy.api")
     file, settings = tmp_path / "user.py", tmp_path / "mypy.ini"

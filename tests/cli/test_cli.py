@@ -28,6 +28,8 @@ from shapleycam.cli.app import app, run
 from shapleycam.cli.demo import PHOTOGRAPHS, photographs, signed_colours
 from shapleycam.cli.explain import Names, Options
 
+pytestmark = pytest.mark.slow
+
 CLI = "from shapleycam.cli import main; main()"
 CATS = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"}
 

@@ -21,6 +21,7 @@ class Wrong(Backend):
         out.fill_(1)
 
 
+@pytest.mark.slow
 def test_our_kernels_pass(capsys):
     assert run(["verify", "--quick", "--device", "cpu", "--backend", "native"]) == 0
     said = capsys.readouterr().out
@@ -36,6 +37,7 @@ def test_our_kernels_pass(capsys):
     assert "worst error" in said and "µs" in said and "all is well" in said
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_status_1(capsys):
     with LADDER.holding(Wrong()):
         assert run(["verify", "--quick", "--device", "cpu", "--backend", "wrong"]) == 1

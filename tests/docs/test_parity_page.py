@@ -17,6 +17,7 @@ def report():
     return json.loads(parity.RESULT.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("utility", ["rest", "logit"])
 def test_one_network_again(report, utility):
     """The figures are not those of one machine: computed here, they are within the tolerances too."""

@@ -18,6 +18,7 @@ def test_there_are_examples():
     assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS[:2], ids=["photo", "own"])
 def test_the_first_examples_run(tmp_path, monkeypatch, block):
     for module in ("PIL", "torchvision", "efficientnet_lite_pytorch", "skimage"):
@@ -41,6 +42,7 @@ def test_the_first_examples_run(tmp_path, monkeypatch, block):
         assert torch.isfinite(names["explanation"].heatmaps()).all()
 
 
+@pytest.mark.slow
 def test_the_other_examples_run():
     """Those that go on from the one before, on small networks; the one of other tasks is in tests/utilities."""
     torchvision = pytest.importorskip("torchvision")

@@ -178,6 +178,7 @@ def one_process(rank, folder):
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch was built without gloo")
+@pytest.mark.slow
 def test_two_processes_share_one_table(tmp_path):
     torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
     whole, apart = ADCC(), Coherency()

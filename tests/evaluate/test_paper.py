@@ -25,6 +25,7 @@ def seeded(preset):
     return torchvision.models.get_model(preset.name, weights=None, **fast)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", PRESETS)
 def test_invariants(network):
     preset = PRESETS[network]

@@ -231,6 +231,7 @@ def numbers(folder):
     return [(network["images"], network["rows"]) for network in content["networks"]]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(photographs, tmp_path, capsys):
     arguments = ["evaluate", str(photographs), "--methods", "gradcam,randomcam", "--batch-size", "1", "--save-every", "1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -255,6 +256,7 @@ def test_killed_and_resumed(photographs, tmp_path, capsys):
     assert "--restart" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_keeps_what_is_done_and_says_so(photographs, tmp_path, workers):
     """Progress is a line after every batch here, so that the interrupt falls into a batch behind the first."""
@@ -285,6 +287,7 @@ sys.exit(run(sys.argv[1:]))
     assert not (out / "table.json").exists()
 
 
+@pytest.mark.slow
 def test_json_is_the_file(photographs, tmp_path, capsys):
     assert run(["evaluate", str(photographs), "--methods", "gradcam", "--limit", "1", "--json", "--output", str(tmp_path)]) == 0
     captured = capsys.readouterr()
@@ -292,6 +295,7 @@ def test_json_is_the_file(photographs, tmp_path, capsys):
     assert "table.csv" in captured.err
 
 
+@pytest.mark.slow
 def test_the_command_s_table(photographs, tmp_path, capsys):
     (photographs / "broken.jpg").write_text("no")
     arguments = [
@@ -316,6 +320,7 @@ def test_the_command_s_table(photographs, tmp_path, capsys):
         assert plot.width > 500
 
 
+@pytest.mark.slow
 def test_paper_table_beside_the_paper_s_numbers(photographs, tmp_path, capsys):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)

@@ -261,6 +261,7 @@ def test_an_unknown_action():
         ("x", "InputError"),
     ],
 )
+@pytest.mark.slow
 def test_the_environment_variable(said, outcome):
     script = """
 import torch, warnings

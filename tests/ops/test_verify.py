@@ -45,6 +45,7 @@ def findings(wrong):
         return list(module.verify(CPU, backend, quick=True))
 
 
+@pytest.mark.slow
 def test_every_operator_and_dtype_is_verified():
     found = findings(lambda name, arguments: None)
     names = [f"weighted_reduce {pooling}" for pooling in POOLINGS if pooling != "plusplus"]
@@ -54,6 +55,7 @@ def test_every_operator_and_dtype_is_verified():
     assert all(one.seconds and one.reference and one.backend == "corner" and one.device == "cpu" for one in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.01, math.nan])
 def test_a_mistake_in_one_corner_is_found(size):
     def only_strided_bfloat16(name, arguments):
@@ -69,6 +71,7 @@ def test_a_mistake_in_one_corner_is_found(size):
     assert "'corner' computed weighted_reduce wrong" in wrong.mistake and "bfloat16" in wrong.mistake
 
 
+@pytest.mark.slow
 def test_results_that_differ_from_call_to_call_are_found():
     turns = iter(range(10**9))
 
@@ -80,6 +83,7 @@ def test_results_that_differ_from_call_to_call_are_found():
     assert all("gave two results for one call" in one.mistake for one in wrong)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_is_found():
     def fails(name, arguments):
         if name == "overlay":
