@@ -90,6 +90,13 @@ def test_the_version_is_the_package_s(capsys):
     assert capsys.readouterr().out == f"shapleycam {shapleycam.__version__}\n"
 
 
+def test_help_flows_to_the_width_of_the_terminal():
+    lines = CliRunner().invoke(app, ["explain", "--help"], env={"COLUMNS": "100"}).output.splitlines()
+    assert any("IMAGES" in line and "..." in line and "{" not in line.replace("{IMAGES}", "") for line in lines)
+    [row] = [number for number, line in enumerate(lines) if "After Ctrl-C the table" in line]
+    assert len(lines[row].strip()) > 80
+
+
 def test_bad_files_do_not_stop_the_good_ones(tmp_path, photo):
     cut = tmp_path / "cut.png"
     cut.write_bytes(photo["coffee.png"].read_bytes()[:20000])
@@ -314,7 +321,7 @@ def test_what_differs_is_in_the_name(tmp_path, photo, capsys):
     ]
     assert Options(model="timm/vit", weights="w/mine.pth", colormap="turbo").differences() == ["timm/vit", "mine", "turbo"]
     assert run(["explain", str(photo["coffee.png"]), "--out", str(tmp_path / "album")]) == 0
-    assert "1 pictures of an earlier run replaced" in capsys.readouterr().out
+    assert "1 picture of an earlier run replaced" in capsys.readouterr().out
 
 
 def test_ctrl_c_shows_what_is_done(tmp_path, photo):

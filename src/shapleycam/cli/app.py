@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # or the lines of a docstring are broken where they stand
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -100,7 +101,7 @@ def explain(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGES...",
+            metavar="IMAGES",
             help="Image files, folders (the images in them), or - for an image on standard input.",
             show_default=False,
         ),

@@ -175,7 +175,7 @@ def explain_files(arguments: Sequence[str], options: Options, results: Console, 
     }
     said = f"{done - failed} explained, {failed} failed"
     if names.replaced:
-        said += f", {names.replaced} pictures of an earlier run replaced"
+        said += f", {names.replaced} picture{'s' if names.replaced > 1 else ''} of an earlier run replaced"
     if interrupted:
         said = f"Interrupted after {done} of {len(images)} images: {said}"
     said += f". Pictures: {options.out.resolve()}"
