@@ -174,17 +174,4 @@ int32_t shapleycam_channel_weighted_sum_cpu(const shapleycam_view* activations, 
   return SHAPLEYCAM_OK;
 }
 
-#if !defined(SHAPLEYCAM_WITH_CUDA)
-size_t shapleycam_weighted_reduce_workspace_cuda(int64_t, int64_t, int64_t, int32_t) { return 0; }
-int32_t shapleycam_weighted_reduce_cuda(const shapleycam_view*, const shapleycam_view*, const shapleycam_view*, int64_t,
-                                        int64_t, int64_t, int32_t, void*, int32_t, void*, size_t, void*) {
-  return SHAPLEYCAM_UNSUPPORTED;
-}
-size_t shapleycam_channel_weighted_sum_workspace_cuda(int64_t, int64_t, int64_t, int64_t) { return 0; }
-int32_t shapleycam_channel_weighted_sum_cuda(const shapleycam_view*, const void*, int64_t, int64_t, int64_t, int64_t, void*,
-                                             int32_t, void*, size_t, void*) {
-  return SHAPLEYCAM_UNSUPPORTED;
-}
-#endif
-
 }  // extern "C"

@@ -58,15 +58,4 @@ int32_t shapleycam_overlay_cpu(const void* images, int32_t dtype, int64_t n, int
   return SHAPLEYCAM_OK;
 }
 
-#if !defined(SHAPLEYCAM_WITH_CUDA)
-int32_t shapleycam_display_map_cuda(const void*, int32_t, int64_t, const int64_t*, const int64_t*, int32_t, void*, int32_t,
-                                    void*) {
-  return SHAPLEYCAM_UNSUPPORTED;
-}
-int32_t shapleycam_overlay_cuda(const void*, int32_t, int64_t, int64_t, int64_t, const int64_t*, const float*, const uint8_t*,
-                                float, const float*, const float*, uint8_t*, void*) {
-  return SHAPLEYCAM_UNSUPPORTED;
-}
-#endif
-
 }  // extern "C"

@@ -41,15 +41,4 @@ int32_t shapleycam_class_maps_cpu(const shapleycam_view* activations, const void
   return shapleycam_display_map_cpu(raw, raw_dtype, n * m, from, to, renormalize, maps, maps_dtype, threads);
 }
 
-#if !defined(SHAPLEYCAM_WITH_CUDA)
-int32_t shapleycam_utility_rows_cuda(const void*, int32_t, int64_t, const void*, int32_t, const int64_t*, int64_t, int64_t,
-                                     int64_t, int32_t, int32_t, double, void*, int32_t, void*) {
-  return SHAPLEYCAM_UNSUPPORTED;
-}
-int32_t shapleycam_class_maps_cuda(const shapleycam_view*, const void*, int64_t, int64_t, int64_t, const int64_t*,
-                                   const int64_t*, int32_t, void*, int32_t, void*, int32_t, void*, size_t, void*) {
-  return SHAPLEYCAM_UNSUPPORTED;
-}
-#endif
-
 }  // extern "C"
