@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from .explainer import Explainer
     from .explanation import Diagnostics, Explanation
     from .methods.table import METHODS, Method
-    from .model.layouts import Layout
+    from .model.layouts import Layout, ReshapeTransform
     from .ops import BackendStatus, backends
     from .utilities.named import UTILITIES, Utility
 
@@ -42,6 +42,7 @@ _HOMES = {
     "Layout": "model.layouts",
     "Method": "methods.table",
     "ModelStateError": "errors",
+    "ReshapeTransform": "model.layouts",
     "ShapleyCamError": "errors",
     "ShapleyCamWarning": "errors",
     "TargetError": "errors",
@@ -66,6 +67,7 @@ __all__ = [
     "Layout",
     "Method",
     "ModelStateError",
+    "ReshapeTransform",
     "ShapleyCamError",
     "ShapleyCamWarning",
     "TargetError",

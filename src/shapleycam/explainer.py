@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .derivatives import ENGINES, Derivatives, Terms
+from .derivatives.path import as_path
 from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .methods.perturbation import SOURCES, ForwardPass, check_chunk
@@ -58,10 +59,12 @@ class Explainer:
         layer: "auto"; a module; a dotted name ("layer4.2", "layer4[-1]"); or a list of them, whose maps are averaged.
         method: an entry of :data:`shapleycam.METHODS`, by name.
         utility: an entry of :data:`shapleycam.UTILITIES`, or a callable ``(outputs, targets [N]) -> [N]``.
-        engine: "auto", or "closed_form", "reverse_over_reverse", "forward_over_reverse", "midpoint".
+        engine: "auto", or "closed_form", "reverse_over_reverse", "forward_over_reverse"; "quadrature", which puts the mean
+            gradient along the path from the baseline, ``Σ ω_k ∇U(B + t_k (A - B))``, in the place of ``g - HA/2``; or
+            "midpoint", which is quadrature with one node.
         backend: "auto", or "cuda", "triton", "native", "torch"; an explicit choice never falls back.
         layout: "auto"; a kind such as "NHWC" or "NTC"; a :class:`shapleycam.Layout`; or a
-            :class:`shapleycam.layouts.ReshapeTransform` around a function to [N, C, *grid].
+            :class:`shapleycam.ReshapeTransform` around a function to [N, C, *grid].
         seed: the seed of RandomCAM.
         chunk: how many masked images (ScoreCAM) or altered activations (AblationCAM) go through the model at once; None for a
             number that suits the device and their size.
@@ -74,9 +77,22 @@ class Explainer:
             operators' calls, such as 0.01; False for never; None for what :class:`shapleycam.ops.checking` around the call or
             the environment variable SHAPLEYCAM_CHECK says, which also reach ``heatmaps`` and ``overlay``.
         on_mismatch: "raise" KernelMismatch, "warn", or "fallback" to the reference from then on.
+        baseline: where the content is counted from: "zero"; "mean", each channel's mean over the positions of its image; or a
+            tensor that broadcasts to the activations as [N, C, S]. The maps attribute A - baseline, the Hessian-vector product
+            is taken with it, and quadrature's path starts there. With any but "zero", and with quadrature always, prefix
+            tokens stay as they are.
+        nodes: of engine "quadrature": how many Gauss-Legendre nodes, 1 to 32 (4 by default); or "auto", which doubles them
+            until the completeness gap of every image is below ``tolerance`` (behind a pool-and-linear head one device
+            synchronisation per call, elsewhere one per doubling).
+        tolerance: of ``nodes="auto"``: the completeness gap relative to |U(A) - U(B)|, 1e-3 by default.
+        masks: of engine "quadrature": read the gradients at every node where each position is kept with probability t and
+            shows the baseline else, this many random masks a node (even, 4 or more; seeded by ``seed``), instead of at the
+            scaled activations. Closer to the Shapley values where positions interact, at the price of that many head passes;
+            the explanation then has standard errors.
 
     Raises:
-        InputError: unknown method, utility, engine or backend, a utility that does not take (outputs, targets), a chunk that
+        InputError: unknown method, utility, engine, baseline or backend, nodes, tolerance or masks out of range or with an
+            engine that has none, a utility that does not take (outputs, targets), a chunk that
             is no positive number, an output that cannot say where the logits are, or a check that is no fraction.
         LayerError: a named layer does not exist.
         ModelStateError: ``model`` is not an ``nn.Module``, or is compiled, scripted, traced or exported.
@@ -97,6 +113,10 @@ class Explainer:
         output: Output = "auto",
         check: bool | float | None = None,
         on_mismatch: ops.OnMismatch = "raise",
+        baseline: str | Tensor = "zero",
+        nodes: int | str | None = None,
+        tolerance: float | None = None,
+        masks: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelStateError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -124,6 +144,7 @@ class Explainer:
             layout,
             check_chunk(chunk),
             images_as,
+            as_path(engine, baseline, nodes, tolerance, masks, seed),
         )
         self._checking = None if check is None else ops.checking(check, on_mismatch)
         self._seed = seed
@@ -159,6 +180,8 @@ class Explainer:
     utility = property(lambda self: self._settings.utility, doc="The utility.")
     engine = property(lambda self: self._settings.engine, doc="The engine that was asked for.")
     backend = property(lambda self: self._settings.backend, doc="The operator backend that was asked for.")
+
+    baseline = property(lambda self: self._settings.path.baseline, doc="The baseline that was asked for.")
 
     # ------------------------------------------------------------------------------------------------- the road
 
@@ -236,6 +259,9 @@ class Explainer:
     ) -> list[Explanation]:
         targets = as_targets(targets)
         orders = {method.order for method in methods}
+        if 0 in orders and not self._settings.path.from_zero:
+            [name, *_] = [method.name for method in methods if not method.order]
+            raise InputError(f"Method {name!r} has no derivatives, and no baseline: use baseline='zero', or another method.")
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
         checking = self._checking or nullcontext()
@@ -244,6 +270,8 @@ class Explainer:
             plan, found = self._derive(inputs, targets, max(orders), wanted)
             with torch.no_grad():
                 found.mark_images(inputs.images)
+                for note in found.notes:
+                    warn(note)
                 return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
 
     def _check(self, inputs: Inputs, targets: Any) -> None:
@@ -314,16 +342,27 @@ class Explainer:
                 backend=served,
                 layers=tuple(name for name, _ in plan.layers),
                 layouts=tuple(term.layout for term in found.terms),
-                notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ())),
+                notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ()), *found.notes),
+                baseline=self._settings.path.start,
+                nodes=found.nodes if method.order == 2 else None,
             ),
+            standard_errors=self._errors(method, found, several),
             hvp_ratio=pick(found.norm_ratio() if with_norms else None),
-            gap=pick(found.gap(method.order) if with_gap else None),
+            gap=pick(found.gap(method.order) if with_gap or (found.nodes and found.baseline is not None) else None),
             backend=self.backend,
         )
         if on_host and not all(isfinite(raw.sum().item()) for raw in raws) and not bool(explanation.finite.all()):
-            wrong = (~explanation.finite).nonzero().flatten().tolist()
-            warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
+            wrong = [i for i in (~explanation.finite).nonzero().flatten().tolist() if i not in found.undefined]
+            if wrong:
+                warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
         return explanation
+
+    @staticmethod
+    def _errors(method: Method, found: Derivatives, several: bool) -> tuple[Tensor, ...] | None:
+        if found.standard_errors is None or method.order < 2:
+            return None
+        shaped = [e.unflatten(2, term.layout.grid) for e, term in zip(found.standard_errors, found.terms, strict=True)]
+        return tuple(e if several else e[:, 0] for e in shaped)
 
     def _shown(self, plan: Plan, found: Derivatives, index: int, inputs: Inputs) -> ForwardPass:
         return ForwardPass(

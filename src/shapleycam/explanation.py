@@ -21,12 +21,15 @@ class Diagnostics:
 
     Attributes:
         method, utility: the names of the rows that were used.
-        engine: which derivative engine served: "closed_form", "reverse_over_reverse", "forward_over_reverse", "midpoint",
-            or "none" for the methods without derivatives (RandomCAM, ScoreCAM, AblationCAM, EigenCAM).
+        engine: which derivative engine served: "closed_form", "reverse_over_reverse", "forward_over_reverse",
+            "quadrature", "midpoint", or "none" for the methods without derivatives (RandomCAM, ScoreCAM, AblationCAM,
+            EigenCAM).
         backend: which operator backend made the raw maps: "cuda", "triton", "native" or "torch".
         layers: the names of the target layers.
         layouts: how their outputs were read.
-        notes: what the explainer had to say about this model, once for all calls.
+        notes: what the explainer had to say about this model, and about these images.
+        baseline: what the content was counted from: "zero", "mean" or "tensor".
+        nodes: how many nodes of the path were read, for the engines "quadrature" and "midpoint"; else None.
     """
 
     method: str
@@ -36,6 +39,8 @@ class Diagnostics:
     layers: tuple[str, ...]
     layouts: tuple[Any, ...]
     notes: tuple[str, ...] = ()
+    baseline: str = "zero"
+    nodes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -55,8 +60,11 @@ class Explanation:
         image_size: the spatial shape of the images.
         diagnostics: how the maps were made.
         hvp_ratio: |HA| / |g| per image (and class), if asked for with ``with_norms=True``: how much the second order says.
-        gap: U(A) - U(0) - Σ A·w per image (and class), if asked for with ``with_gap=True``: how far the expansion is from
-            the efficiency axiom (zero for a utility quadratic in A).
+            Under quadrature 2 (g - w) takes the place of HA.
+        gap: U(A) - U(B) - Σ (A - B)·w per image (and class), if asked for with ``with_gap=True``: how far the weights are from
+            the efficiency axiom (zero for a utility quadratic in A); B is the baseline.
+        standard_errors: per target layer, in the shape of ``raws``: of the sums over the channels of (A - B)·w (the map of
+            ShapleyCAM-H), where the path was sampled (``masks=``); else None.
     """
 
     outputs: Any
@@ -68,6 +76,7 @@ class Explanation:
     hvp_ratio: Tensor | None = None
     gap: Tensor | None = None
     backend: str = "auto"
+    standard_errors: tuple[Tensor, ...] | None = None
 
     def __repr__(self) -> str:
         how, raw = self.diagnostics, self.raws[0]
@@ -135,6 +144,7 @@ class Explanation:
             raws=tuple(change(raw) for raw in self.raws),
             hvp_ratio=None if self.hvp_ratio is None else change(self.hvp_ratio),
             gap=None if self.gap is None else change(self.gap),
+            standard_errors=None if self.standard_errors is None else tuple(change(e) for e in self.standard_errors),
         )
 
     @property

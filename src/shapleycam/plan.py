@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .derivatives import ENGINES, Derivatives, Request, activations_only
+from .derivatives import ENGINES, PATH_ENGINES, Derivatives, Request, activations_only
 from .derivatives.closed_form import by_autograd, logit_derivatives
+from .derivatives.path import Path
+from .derivatives.quadrature import head_rows
+from .derivatives.terms import HeadRows
 from .errors import DerivativeError, InputError, ModelStateError, ShapleyCamError, ShapleyCamWarning
 from .methods.table import Method
 from .model.capture import Capture
@@ -46,6 +49,7 @@ class Settings:
     layout: str | Layout | ReshapeTransform
     chunk: int | None = None
     images_as: str | None = None
+    path: Path = field(default_factory=Path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +115,14 @@ class Plan:
         order: the highest derivative it gives.
         engine: the derivative engine; "none" at order 0.
         notes: warnings that were given about the second order.
+        rows: what engine "quadrature" knows of the head.
     """
 
     facts: Facts
     order: int
     engine: str
     notes: tuple[str, ...] = ()
+    rows: HeadRows | None = None
 
     @property
     def layers(self) -> tuple[tuple[str, nn.Module], ...]:
@@ -142,6 +148,9 @@ class Plan:
             facts.writes,
             facts.pooled,
             backend=settings.backend,
+            path=settings.path,
+            rows=self.rows,
+            chunk=settings.chunk,
             **options,
         )
 
@@ -171,7 +180,7 @@ def study(
         few = inputs.beside(inputs.images[:count].detach().clone(), index)
         some = None if placed is None else placed[:count]
         # A utility that holds something per image holds it for the whole batch; these are its first images.
-        asked = replace(settings, utility=settings.utility.rows(index))
+        asked = replace(settings, utility=settings.utility.rows(index), path=settings.path.first_rows(count, batch))
 
         def check(classes: int | None) -> None:
             check_targets(targets, inputs.images.shape[0], classes)  # all of them: no message is to quote two images
@@ -262,6 +271,8 @@ def choose(settings: Settings, facts: Facts, inputs: Inputs, targets: Tensor | N
         _check_coefficients(settings.utility)
     if order < 2:
         return plan
+    if plan.engine in PATH_ENGINES and (facts.pooled is None or settings.path.masks):
+        plan = replace(plan, rows=head_rows(plan.request(settings, inputs, targets)))
     try:
         trial = plan.run(plan.request(settings, inputs, targets, find_cuts=True))
     except DerivativeError as first:
@@ -272,7 +283,7 @@ def choose(settings: Settings, facts: Facts, inputs: Inputs, targets: Tensor | N
             trial = plan.run(plan.request(settings, inputs, targets, find_cuts=True))
         except DerivativeError:
             raise first from None
-    if settings.utility.name == "logit" or not settings.utility.named:
+    if plan.engine not in PATH_ENGINES and (settings.utility.name == "logit" or not settings.utility.named):
         flat = all(h is None or not bool(h.any()) for term in trial.terms for h in term.hvps)
         alive = any(bool(g.any()) for term in trial.terms for g in term.gradients)
         if flat and alive:

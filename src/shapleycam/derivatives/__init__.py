@@ -2,7 +2,8 @@
 
 Every engine runs the model forward, stops gradients before the target layer, and answers a :class:`Request` with
 :class:`Derivatives`. ``closed_form`` serves heads verified to be pool-and-linear; ``reverse_over_reverse`` and
-``forward_over_reverse`` are exact for any head; ``midpoint`` is approximate.
+``forward_over_reverse`` are exact for any head. ``quadrature`` integrates the gradient along the path from a baseline in
+place of the second order; ``midpoint`` is its one-node case.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from types import MappingProxyType
 
 from .autograd import activations_only, forward_over_reverse, reverse_over_reverse
 from .closed_form import closed_form
-from .midpoint import midpoint
+from .quadrature import midpoint, quadrature
 from .terms import Derivatives, Request, Terms
 
 #: The engines that a user can name.
@@ -21,8 +22,12 @@ ENGINES: Mapping[str, Callable[[Request], Derivatives]] = MappingProxyType(
         "closed_form": closed_form,
         "reverse_over_reverse": reverse_over_reverse,
         "forward_over_reverse": forward_over_reverse,
+        "quadrature": quadrature,
         "midpoint": midpoint,
     }
 )
 
-__all__ = ["ENGINES", "Derivatives", "Request", "Terms", "activations_only"]
+#: Those that integrate along the path from the baseline.
+PATH_ENGINES = ("quadrature", "midpoint")
+
+__all__ = ["ENGINES", "PATH_ENGINES", "Derivatives", "Request", "Terms", "activations_only"]

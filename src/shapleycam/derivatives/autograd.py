@@ -43,13 +43,16 @@ def _cut_off(gradient: Tensor) -> bool:
 def differentiate(
     value: Tensor,
     inputs: list[Tensor],
-    vector: Tensor | None,
+    directions: list[Tensor] | None,
     second: bool,
     keep: bool,
     find_cuts: bool = False,
     model: nn.Module | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """(gradient, Hessian-vector product or None where it is structurally zero) for each of ``inputs``."""
+    """(gradient, Hessian-vector product or None where it is structurally zero) for each of ``inputs``.
+
+    ``directions`` are the vectors, the inputs themselves by default.
+    """
     if not value.requires_grad:
         raise DerivativeError(
             "There is no differentiable path from the target layer to the utility. The layer runs beside the classifier, "
@@ -72,7 +75,7 @@ def differentiate(
             )
         if second and gradient.requires_grad:
             last = not keep and i == len(inputs) - 1
-            direction = source.detach() if vector is None else vector
+            direction = source.detach() if directions is None else directions[i]
             (hvp,) = torch.autograd.grad(gradient, source, direction, retain_graph=not last, allow_unused=True)
         found.append((gradient.detach() if second else gradient, None if hvp is None else hvp.detach()))
     return found
@@ -115,9 +118,12 @@ def _still(request: Request, capture: Capture) -> None:
 
 def _fill(request: Request, capture: Capture, found: Derivatives, values: list[Tensor]) -> None:
     leaves = [captured.activations for captured in capture.layers if captured.activations is not None]
+    directions = None
+    if request.order > 1 and not request.path.from_zero:
+        directions = [request.direction(term.layout, leaf.detach()) for term, leaf in zip(found.terms, leaves, strict=True)]
     for m, value in enumerate(values):
         keep = m < len(values) - 1
-        pairs = differentiate(value, leaves, None, request.order > 1, keep, request.find_cuts, request.model)
+        pairs = differentiate(value, leaves, directions, request.order > 1, keep, request.find_cuts, request.model)
         for term, (gradient, hvp) in zip(found.terms, pairs, strict=True):
             term.gradients.append(term.layout.view(gradient))
             term.hvps.append(None if hvp is None else term.layout.view(hvp))
@@ -158,7 +164,12 @@ def forward_over_reverse(request: Request) -> Derivatives:
     parts: list[Derivatives] = []
     for layer in request.layers:
         one = replace(request, layers=[layer])
-        with _DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, dual=True) as capture:
+        name, module = layer
+
+        def tangent(activations: Tensor, name: str = name, module: nn.Module = module) -> Tensor:
+            return request.direction(request.layout_of(name, module, activations, request.inputs.images), activations)
+
+        with _DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, tangent=tangent) as capture:
             try:
                 outputs = capture.run(one.inputs)
                 found = one.start(capture, outputs, "forward_over_reverse")

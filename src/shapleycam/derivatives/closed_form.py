@@ -1,10 +1,13 @@
 """The closed form behind a head ``z = W·mean_s(A) + b``: no autograd through the model at all.
 
-With ``z₀ = z - b``, gradient and Hessian-vector product are ``Wᵀu'/S`` and ``Wᵀ(U''z₀)/S``, constant over the positions, where
-``u'`` and ``U''`` are the utility's derivatives in the logits (arXiv 2501.06261, section 4.2).
+With ``z₀ = z - z_B`` (``z - b`` for the baseline zero), gradient and Hessian-vector product are ``Wᵀu'/S`` and
+``Wᵀ(U''z₀)/S``, constant over the positions, where ``u'`` and ``U''`` are the utility's derivatives in the logits (arXiv
+2501.06261, section 4.2).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from .. import ops
 from ..model.pooled_linear import Outdated
 from ..utilities.named import Utility, evaluate
 from .autograd import differentiate
+from .path import background
 from .terms import Derivatives, Request
 
 
@@ -22,29 +26,60 @@ def closed_form(request: Request) -> Derivatives:
     Raises:
         Outdated: this forward pass did not end in that classifier, or it did not read that mean.
     """
+    with torch.no_grad():
+        found, outputs = forward(request, "closed_form")
+        _fill(request, found)
+        add_values(request, found, outputs)
+    return found
+
+
+def forward(request: Request, engine: str) -> tuple[Derivatives, Any]:
+    """A forward pass that is seen to end in the pool-and-linear head: (the answer as far as it goes, the model's outputs).
+
+    Raises:
+        Outdated: as :func:`closed_form`.
+    """
     assert request.head is not None
     with request.capture(gradients=False, linear=request.head.linear) as capture:
         outputs = capture.run(request.inputs)
         if capture.layers[0].written and not request.writes:
             raise Outdated("an operator writes into the target layer's output")
-        found = request.start(capture, outputs, "closed_form")
+        found = request.start(capture, outputs, engine)
         [term] = found.terms
         found.mark(request.head.still_holds(capture, request.utility.logits_of(outputs), term.activations))
         assert found.logits is not None and found.targets is not None
-        _fill(request, found)
-        if request.with_baseline:
-            found.value = torch.stack(request.values(outputs, found.targets), 1)
-            bias, zero = request.head.linear.bias, torch.zeros_like(found.logits)
-            at_zero = zero if bias is None else bias.to(zero.dtype).expand_as(zero)
-            found.baseline = torch.stack(request.values(at_zero, found.targets, at_zero), 1)
-    return found
+    return found, outputs
+
+
+def logits_at_baseline(request: Request, found: Derivatives) -> Tensor:
+    """What the head says of the baseline, [N, K] or [1, K], float32 or float64."""
+    assert request.head is not None and found.logits is not None
+    linear, wide = request.head.linear, torch.promote_types(found.logits.dtype, torch.float32)
+    if request.path.from_zero:
+        return (
+            found.logits.new_zeros((1, found.logits.shape[1]), dtype=wide)
+            if linear.bias is None
+            else linear.bias[None].to(wide)
+        )
+    [term] = found.terms
+    mean = background(request.path.baseline, term.activations).mean(2, dtype=wide)
+    return torch.nn.functional.linear(mean, linear.weight.to(wide), None if linear.bias is None else linear.bias.to(wide))
+
+
+def add_values(request: Request, found: Derivatives, outputs: Any) -> None:
+    """U(A) and U(B), if asked for."""
+    if request.with_baseline:
+        assert found.logits is not None
+        found.value = torch.stack(request.values(outputs, found.targets), 1)
+        start = logits_at_baseline(request, found).to(found.logits.dtype).expand_as(found.logits)
+        found.baseline = torch.stack(request.values(start, found.targets, start), 1)
 
 
 def _fill(request: Request, found: Derivatives) -> None:
     assert request.head is not None and found.logits is not None and found.targets is not None
     [term], linear, utility = found.terms, request.head.linear, request.utility
     scale = 1 / max(term.activations.shape[2], 1)
-    if request.weights_only and utility.fused:
+    if request.weights_only and utility.fused and (request.path.from_zero or request.order < 2):
         weights = ops.utility_rows(
             found.logits,
             found.targets,
@@ -57,7 +92,7 @@ def _fill(request: Request, found: Derivatives) -> None:
         term.weights = ops.head_weights(weights, linear.weight, backend=request.backend)
         return
     z = found.logits if found.logits.dtype in (torch.float32, torch.float64) else found.logits.float()
-    z0 = z if linear.bias is None else z - linear.bias.to(z.dtype)
+    z0 = z - logits_at_baseline(request, found)
     first, second = logit_derivatives(utility, z, z0, found.targets, request.order)
     gradient = ops.head_weights(first, linear.weight, backend=request.backend) * scale
     hvp = None if second is None else ops.head_weights(second, linear.weight, backend=request.backend) * scale
@@ -80,18 +115,20 @@ def logit_derivatives(utility: Utility, z: Tensor, z0: Tensor, targets: Tensor, 
         return by_autograd(utility, z, z0, targets, order)
     p = z.softmax(1)
     p_c = p.gather(1, targets)
-    first = _combine(utility.gradient(p_c), targets, p, p * z0)
+    first = combine(utility.gradient(p_c), targets, p, p * z0)
     if order < 2 or not utility.curved:
         return first, None
     assert utility.curvature is not None
     s = (p * z0).sum(1, keepdim=True)
-    return first, _combine(utility.curvature(p_c, z0.gather(1, targets), s), targets, p, p * z0)
+    return first, combine(utility.curvature(p_c, z0.gather(1, targets), s), targets, p, p * z0)
 
 
-def _combine(coefficients: tuple[Tensor | float, ...], targets: Tensor, p: Tensor, pv: Tensor) -> Tensor:
+def combine(coefficients: tuple[Tensor | float, ...], targets: Tensor, p: Tensor, pv: Tensor | None) -> Tensor:
     """``a e_c + b p + d p*v`` [N, M, K]."""
     a, b, d = (c.expand_as(targets)[:, :, None] if isinstance(c, Tensor) else c for c in coefficients)
-    dense = b * p[:, None] + d * pv[:, None]
+    dense = b * p[:, None]
+    if pv is not None:
+        dense = dense + d * pv[:, None]
     dense = dense.expand(*targets.shape, p.shape[1])
     at_class = a.to(p.dtype) if isinstance(a, Tensor) else p.new_full((), a).expand(*targets.shape, 1)
     return dense.scatter_add(2, targets[:, :, None], at_class)
@@ -104,7 +141,7 @@ def by_autograd(utility: Utility, z: Tensor, z0: Tensor, targets: Tensor, order:
         with torch.enable_grad():
             leaf = z.detach().requires_grad_(True)
             value = evaluate(utility, leaf, leaf, targets[:, m], leaf.shape[0])
-            [(first, second)] = differentiate(value, [leaf], z0, order > 1, keep=False)
+            [(first, second)] = differentiate(value, [leaf], [z0], order > 1, keep=False)
         firsts.append(first)
         seconds.append(second)
     if all(second is None for second in seconds):

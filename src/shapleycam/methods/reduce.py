@@ -24,7 +24,7 @@ def reduce(method: Method, term: Terms, alpha: Tensor | None, classes: int, back
     Returns:
         The maps [N, M, S], float32 (float64 for float64 activations), and the name of the backend that made them.
     """
-    a = term.activations
+    a = term.attributed
     if method.pooling == "principal":
         maps = torch.stack([principal_map(part) for part in shares(method, term, alpha, backend)], 1)
         return maps.expand(-1, classes, -1), "torch"
@@ -43,17 +43,17 @@ def reduce(method: Method, term: Terms, alpha: Tensor | None, classes: int, back
 
 
 def shares(method: Method, term: Terms, alpha: Tensor | None, backend: str) -> list[Tensor]:
-    """The activations times the method's weights, [N, C, S] per class, whose sum over the channels would be the map.
+    """A - baseline times the method's weights, [N, C, S] per class, whose sum over the channels would be the map.
 
     One entry for all classes where the weight does not depend on the class.
     """
-    a = term.activations
+    a = term.attributed
     if alpha is not None:
         return [a * alpha[:, m, :, None].to(a.dtype) for m in range(alpha.shape[1])]
     if method.source == "none":
         return [a]
     if method.pooling == "principal":
-        return [a * w for w in term.combined(method.order)]
+        return [a * w for w in term.attribution_weights(method.order)]
     # A map is a sum over the channels, so a channel alone, as an image of one channel, is its share.
     alone = a.flatten(0, 1)[:, None]
     found = []

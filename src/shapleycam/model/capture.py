@@ -53,7 +53,8 @@ class Capture(AbstractContextManager["Capture"]):
         copy: hand the head a copy, so that what writes in place behind the layer is harmless.
         replace: ``(layer index, activations) -> activations`` the head goes on with; default the same values.
         linear: a module whose input, output and weight are wanted too (the classifier of a closed form).
-        dual: the head's input carries itself as a forward-mode tangent (needs an open dual level, one target layer).
+        tangent: ``(activations) -> tangent`` that the head's input carries in forward mode (needs an open dual level, one
+            target layer).
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Capture(AbstractContextManager["Capture"]):
         copy: bool = True,
         replace: Replace | None = None,
         linear: nn.Module | None = None,
-        dual: bool = False,
+        tangent: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.layers = [CapturedLayer(name, module) for name, module in layers]
         self.linear_calls: list[tuple[Tensor, Tensor]] = []
         self._gradients, self._copy, self._replace, self._linear = gradients, copy, replace, linear
-        self._dual = dual
+        self._tangent = tangent
         self._stack = ExitStack()
         self._owner = 0
 
@@ -131,11 +132,11 @@ class Capture(AbstractContextManager["Capture"]):
                 torch.set_grad_enabled(True)
                 self._stack.enter_context(TwiceDifferentiable())
             given = self._replace(index, found) if self._replace is not None else found
-            if self._gradients and not outer:
+            if self._gradients and not (outer and given.requires_grad):
                 given = given.detach().requires_grad_(True)
             captured.activations, captured.version = given, given._version
-            if self._dual:
-                given = forward_ad.make_dual(given, given.detach())
+            if self._tangent is not None:
+                given = forward_ad.make_dual(given, self._tangent(given.detach()))
             if self._copy:
                 return replace_tensor(output, found, given.clone())
             return None if given is found else replace_tensor(output, found, given)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivatives.path import background
 from ..errors import InputError
 from ..explainer import Explainer
 from ..model.head import Head, rows_per_pass
@@ -28,7 +29,6 @@ from ..utilities.targets import as_targets, place_targets
 from .values import ShapleyValues
 
 PLAYERS = ("positions", "channels", "elements")
-BASELINES = ("zero", "mean")
 #: More players than this have more than 65536 coalitions.
 MOST_EXACT = 16
 # Coalitions that are written down at once, in players: a bound on memory.
@@ -90,7 +90,7 @@ class Game:
         self._groups = self._group(cells)
         #: the number of players
         self.count = int(self._groups.max()) + 1
-        self._baseline = self._background(baseline)
+        self._baseline = background(baseline, self._activations).expand_as(self._activations)
         self.evaluations = 0
 
     def worth(self, coalitions: Tensor) -> Tensor:
@@ -273,19 +273,6 @@ class Game:
         for c, g in zip(pooled, grid, strict=True):
             group = group[..., None] * c + torch.arange(g, device=device) * c // g
         return group.flatten()
-
-    def _background(self, baseline: str | Tensor) -> Tensor:
-        a = self._activations
-        if isinstance(baseline, Tensor):
-            try:
-                return baseline.to(a.device, a.dtype).expand_as(a)
-            except RuntimeError as error:
-                raise InputError(
-                    f"baseline must broadcast to the activations {tuple(a.shape)}, got {tuple(baseline.shape)}."
-                ) from error
-        if baseline not in BASELINES:
-            raise InputError(f"Unknown baseline {baseline!r}: expected {', '.join(map(repr, BASELINES))} or a tensor.")
-        return torch.zeros_like(a[:, :, :1]).expand_as(a) if baseline == "zero" else a.mean(2, keepdim=True).expand_as(a)
 
 
 def _mean_and_error(samples: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
