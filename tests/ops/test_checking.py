@@ -29,6 +29,7 @@ CALLS = {
     "weighted_reduce": lambda **how: ops.weighted_reduce(A, G, H, **how),
     "channel_weighted_sum": lambda **how: ops.channel_weighted_sum(A, ALPHA, **how),
     "utility_rows": lambda **how: ops.utility_rows(LOGITS, TARGETS, LOGITS[0], **how),
+    "quadrature_rows": lambda **how: ops.utility_rows(LOGITS, TARGETS, nodes=(0.2, 0.8), weights=(0.5, 0.5), **how),
     "class_maps": lambda **how: ops.class_maps(A, ALPHA, (3, 4), (7, 9), **how)[1],
     "display_map": lambda **how: ops.display_map(G, (9, 20), **how),
     "overlay": lambda **how: ops.overlay(torch.rand(2, 3, 5, 12), A, **how),

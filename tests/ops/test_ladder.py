@@ -91,6 +91,9 @@ CALLS = {
     "weighted_reduce": lambda a: ops.weighted_reduce(a, a),
     "channel_weighted_sum": lambda a: ops.channel_weighted_sum(a, a[:, :, :3].transpose(1, 2)),
     "utility_rows": lambda a: ops.utility_rows(a[:, 0], torch.zeros(2, 1, dtype=torch.int64)),
+    "quadrature_rows": lambda a: ops.utility_rows(
+        a[:, 0], torch.zeros(2, 1, dtype=torch.int64), a[0, 0], nodes=(0.2, 0.8), weights=(0.5, 0.5)
+    ),
     "class_maps": lambda a: ops.class_maps(a, a[:, :, :3].transpose(1, 2), (2, 2), (3, 3))[1],
     "display_map": lambda a: ops.display_map(a, (5, 6)),
     "overlay": lambda a: ops.overlay(torch.zeros(2, 3, 3, 4), a, mean=(0, 0, 0), std=(1, 1, 1)),

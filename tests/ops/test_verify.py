@@ -49,7 +49,7 @@ def findings(wrong):
 def test_every_operator_and_dtype_is_verified():
     found = findings(lambda name, arguments: None)
     names = [f"weighted_reduce {pooling}" for pooling in POOLINGS if pooling != "plusplus"]
-    names += ["channel_weighted_sum", "utility_rows", "class_maps", "display_map", "overlay"]
+    names += ["channel_weighted_sum", "utility_rows", "quadrature_rows", "class_maps", "display_map", "overlay"]
     assert [(one.operator, one.dtype) for one in found] == [(name, dtype) for name in names for dtype in DTYPES]
     assert all(one.mistake is None and one.calls >= 20 and one.worst <= 1 for one in found)
     assert all(one.seconds and one.reference and one.backend == "corner" and one.device == "cpu" for one in found)

@@ -63,13 +63,15 @@ def shapley_head(
     *,
     utility: str = "rest",
     order: int = 2,
+    nodes: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The whole explanation behind a pool-and-linear head ``z = W mean_s(A) + b``, in closed form.
 
     :func:`utility_rows`, their product with ``W`` (the library's), and :func:`class_maps`: three launches on a GPU where the
-    activations are small. ShapleyCAM for order 2, GradCAM for order 1.
+    activations are small. ShapleyCAM for order 2, GradCAM for order 1, the integral from zero with ``nodes`` and ``weights``.
 
     Args:
         activations: [N, C, S], any float dtype and strides.
@@ -77,7 +79,7 @@ def shapley_head(
         weight, bias: [K, C] and [K] (or None) of the head.
         targets: the classes to explain, int64 [N, M].
         grid, size, dtype: as for :func:`class_maps`.
-        utility, order: as for :func:`utility_rows`.
+        utility, order, nodes, weights: as for :func:`utility_rows`.
         backend: as for :func:`weighted_reduce`.
 
     Returns:
@@ -87,7 +89,15 @@ def shapley_head(
         InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
     """
     rows = utility_rows(
-        logits, targets, bias, utility=utility, order=order, scale=1.0 / max(activations.shape[2], 1), backend=backend
+        logits,
+        targets,
+        bias,
+        utility=utility,
+        order=order,
+        scale=1.0 / max(activations.shape[2], 1),
+        nodes=nodes,
+        weights=weights,
+        backend=backend,
     )
     check_head_weight(weight, rows, activations)
     refuse_gradients("shapley_head", weight)

@@ -9,6 +9,7 @@ from .class_maps import reference as class_maps
 from .display_map import EPS_DISPLAY
 from .display_map import reference as display_map
 from .overlay import reference as overlay
+from .quadrature_rows import reference as quadrature_rows
 from .shared import accumulator
 from .utility_rows import reference as utility_rows
 from .weighted_reduce import EPS_ACTIVATION, EPS_PLUSPLUS
@@ -23,6 +24,7 @@ __all__ = [
     "class_maps",
     "display_map",
     "overlay",
+    "quadrature_rows",
     "utility_rows",
     "weighted_reduce",
 ]

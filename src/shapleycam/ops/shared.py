@@ -10,6 +10,8 @@ from ..errors import DerivativeError, InputError
 # In the order of the enums of csrc/include/shapleycam.h, which the extension exports; a test compares them.
 POOLINGS = ("mean", "elementwise", "elementwise_relu", "activation", "positive_gradient", "plusplus")
 UTILITIES = ("logit", "probability", "log_probability", "rest")
+#: Of a quadrature rule; SHAPLEYCAM_MOST_NODES of the header.
+MOST_NODES = 32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..errors import InputError
 from .coefficients import COEFFICIENTS, Coefficients
 from .operator import Operator
+from .quadrature_rows import OPERATOR as QUADRATURE
+from .quadrature_rows import check_base, check_rule
 from .shared import UTILITIES, accumulator, check_floating, refuse_gradients
 from .tolerance import Expected, within
 
@@ -108,18 +111,27 @@ def utility_rows(
     utility: str = "rest",
     order: int = 2,
     scale: float = 1.0,
+    nodes: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The weights of the logits, ``scale (U' - U'' z0 / 2)`` with ``z0 = logits - bias`` (arXiv 2501.06261, section 4.2).
 
-    For a head that is ``z = W mean_s(A) + b``, their product with ``W``, over S, is the Shapley weight of every channel.
+    For a head that is ``z = W mean_s(A) + b``, their product with ``W``, over S, is the Shapley weight of every channel. With
+    ``nodes`` t_k and ``weights`` w_k they are ``scale sum_k w_k U'(t_k z0 + bias)`` instead, the gradient integrated from the
+    activations zero to the activations given by that rule (Aumann and Shapley 1974, the diagonal formula); with ``base`` too,
+    ``scale sum_k w_k U'(base + t_k (logits - base))``, the gradient integrated from another baseline. Served by the operator
+    "quadrature_rows", in one launch.
 
     Args:
         logits: [N, K], any float dtype.
         targets: the classes to explain, int64 [N, M] on the same device; a row whose target is not in 0 … K-1 is NaN.
         bias: [K], any float dtype, or None.
         utility: "logit", "probability", "log_probability" or "rest".
-        order: 2, or 1 for the gradient ``scale U'`` alone.
+        order: 2, or 1 for the gradient ``scale U'`` alone; not used with ``nodes``.
+        nodes, weights: a quadrature rule on [0, 1], lists or tuples of 1 to 32 finite floats; both or neither.
+        base: with ``nodes`` and instead of ``bias``, the logits of the baseline, [N, K], any float dtype and strides.
         backend: as for :func:`weighted_reduce`.
 
     Returns:
@@ -129,6 +141,18 @@ def utility_rows(
         InputError, BackendError, DerivativeError: as for :func:`weighted_reduce`.
     """
     check(logits, targets, bias, utility, order)
-    refuse_gradients("utility_rows", logits, bias)
-    out: Tensor = OPERATOR(backend, logits, targets, bias, utility, order, scale)
+    if nodes is None and weights is None:
+        if base is not None:
+            raise InputError("utility_rows: base is the start of a path: give nodes and weights too, or leave it out.")
+        refuse_gradients("utility_rows", logits, bias)
+        out: Tensor = OPERATOR(backend, logits, targets, bias, utility, order, scale)
+        return out
+    rule = check_rule(nodes, weights)
+    if base is not None:
+        if bias is not None:
+            raise InputError("utility_rows: base takes the place of bias: give one of them.")
+        check_base(base, logits)
+    refuse_gradients("quadrature_rows", logits, bias, base)
+    start = base if bias is None else bias.expand(logits.shape)
+    out = QUADRATURE(backend, logits, targets, start, utility, scale, *rule)
     return out

@@ -6,6 +6,7 @@ block of every kernel; more are drawn by a seeded generator, and one image has a
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -25,6 +26,7 @@ from .colormaps import NAMES as COLORMAPS
 from .display_map import OPERATOR as DISPLAY_MAP
 from .operator import Operator
 from .overlay import OPERATOR as OVERLAY
+from .quadrature_rows import OPERATOR as QUADRATURE_ROWS
 from .shared import DTYPES, POOLINGS, UTILITIES
 from .utility_rows import OPERATOR as UTILITY_ROWS
 from .weighted_reduce import OPERATOR as WEIGHTED_REDUCE
@@ -220,6 +222,7 @@ def _operators() -> Iterator[tuple[str, Operator, Callable[[_Draw, Shape], Itera
         yield pooling, WEIGHTED_REDUCE, _reduce_of(pooling)
     yield "channel_weighted_sum", CHANNEL_WEIGHTED_SUM, _sums
     yield "utility_rows", UTILITY_ROWS, _rows
+    yield "quadrature_rows", QUADRATURE_ROWS, _integrals
     yield "class_maps", CLASS_MAPS, _maps
     yield "display_map", DISPLAY_MAP, _displays
     yield "overlay", OVERLAY, _overlays
@@ -247,6 +250,16 @@ def _rows(draw: _Draw, shape: Shape) -> Iterator[Arguments]:
     for order in (1, 2):
         for utility in UTILITIES:
             yield draw(n, classes, nan=True) * 3, targets, draw(1, classes, plain=True)[0], utility, order, 0.25
+
+
+def _integrals(draw: _Draw, shape: Shape) -> Iterator[Arguments]:
+    n, c, s = shape
+    classes = c + s
+    targets = torch.randint(-1, classes + 1, (n, 3), generator=draw.generator).to(draw.device)
+    for utility, count in itertools.product(UTILITIES, (1, 4, 5)):
+        nodes = torch.rand(count, generator=draw.generator).tolist()
+        starts = (None, draw(1, classes, plain=True).expand(n, classes), draw(n, classes))
+        yield draw(n, classes, nan=True) * 3, targets, starts[count % 3], utility, 0.25, nodes, [1 / count] * count
 
 
 def _grid(positions: int) -> tuple[int, int]:
