@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -238,8 +238,7 @@ class Explainer:
         orders = {method.order for method in methods}
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
-        checking = self._checking or nullcontext()
-        with torch.inference_mode(False), explained_by_state(self.model), checking:  # inference tensors have no backward
+        with _out_of_inference(), explained_by_state(self.model), self._checking or _NOTHING:
             self._check(inputs, targets)
             plan, found = self._derive(inputs, targets, max(orders), wanted)
             with torch.no_grad():
@@ -295,11 +294,10 @@ class Explainer:
             alpha = None if source is None else source(self._shown(plan, found, index, inputs))
             raw, served = self._reduce(method, term, alpha, found.classes)  # [N, M, S]
             raw = raw if found.nan_mark is None else raw + found.nan_mark[:, None, None].to(raw.dtype)
-            raw = raw.view(*raw.shape[:2], *term.layout.grid)
-            raws.append(raw if several else raw[:, 0])
+            raws.append(raw.view(*(raw.shape[:2] if several else raw.shape[:1]), *term.layout.grid))
 
         def pick(each: Tensor | None) -> Tensor | None:
-            return each if several or each is None else each[:, 0]
+            return each if several or each is None else each.squeeze(1)
 
         explanation = Explanation(
             outputs=found.outputs,
@@ -360,7 +358,7 @@ class Explainer:
         """
         inputs = self.inputs(images, args, kwargs)
         targets = as_targets(targets)
-        with torch.inference_mode(False), explained_by_state(self.model):
+        with _out_of_inference(), explained_by_state(self.model):
             self._check(inputs, targets)
             plan = self._plans.get(self.method.order)
             if plan is None:
@@ -413,6 +411,16 @@ class Explainer:
                 self._generator = torch.Generator(activations.device).manual_seed(self._seed)
             shape = (activations.shape[0], classes, activations.shape[1])
             return torch.rand(shape, generator=self._generator, device=activations.device) * 2 - 1
+
+
+#: A context that does nothing; it keeps no state, so one serves all.
+_NOTHING = nullcontext()
+
+
+def _out_of_inference() -> AbstractContextManager[Any]:
+    """Inference mode off, whose tensors have no backward, and gradients on; no context where it is so already."""
+    plain = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return _NOTHING if plain else torch.inference_mode(False)
 
 
 def _unsteady(said: str) -> ModelStateError:

@@ -29,7 +29,7 @@ def closed_form(request: Request) -> Derivatives:
             raise Outdated("an operator writes into the target layer's output")
         found = request.start(capture, outputs, "closed_form")
         [term] = found.terms
-        found.mark(request.head.still_holds(capture, request.utility.logits_of(outputs), term.activations))
+        found.mark(request.head.still_holds(capture, found.logits, term.activations))
         assert found.logits is not None and found.targets is not None
         _fill(request, found)
         if request.with_baseline:

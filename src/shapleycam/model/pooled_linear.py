@@ -74,6 +74,8 @@ class PooledLinear:
 
     def _near(self, read: Tensor, activations: Tensor) -> bool:
         """A quick look at the whole batch, which rounding passes by far; NaN does not."""
+        if read.dtype == activations.dtype and torch.equal(read, activations.mean(2)):
+            return True  # torch's own pools on a CPU are this very operator
         mean = activations.mean(2, dtype=torch.promote_types(activations.dtype, torch.float32))
         distance = torch.dist(read.to(mean.dtype), mean).item()
         return bool(distance <= 0.05 * tolerance(activations.dtype) * torch.linalg.vector_norm(mean).item())

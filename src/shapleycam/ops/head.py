@@ -49,7 +49,7 @@ def head_weights(rows: Tensor, weight: Tensor, *, backend: str = "auto") -> Tens
         least, most = few.few_rows.get(weight.dtype, (1, 0))
         if least <= n * m <= most:
             return channel_weighted_sum(weight[None], rows.reshape(1, n * m, k), backend=backend).view(n, m, -1)
-    return torch.matmul(rows, weight.to(rows.dtype))
+    return torch.matmul(rows, weight if weight.dtype == rows.dtype else weight.to(rows.dtype))
 
 
 def shapley_head(

@@ -45,9 +45,19 @@ def check_targets(targets: Any, batch: int, classes: int | None) -> None:
         encoded = _one_hot(targets, classes)
         if encoded is not None and bool(encoded.all()):
             raise TargetError(f"targets {shape} are one-hot, but class indices are expected. Use targets.argmax(1).")
-        wrong = targets[(targets < 0) | (targets >= classes)] if classes is not None else targets[targets < 0]
-        if wrong.numel():
-            raise _out_of_range(int(wrong[0]), classes)
+        low, high = _extremes(targets)
+        if low < 0 or (classes is not None and high >= classes):
+            wrong = targets < 0 if classes is None else (targets < 0) | (targets >= classes)
+            raise _out_of_range(int(targets[wrong][0]), classes)
+
+
+def _extremes(targets: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of targets in host memory; of few, a list tells that faster than an operator."""
+    if targets.ndim == 1 and targets.shape[0] <= 64:
+        numbers = targets.tolist()
+        return min(numbers), max(numbers)
+    low, high = targets.aminmax()
+    return int(low), int(high)
 
 
 def _out_of_range(target: int, classes: int | None) -> TargetError:
@@ -98,7 +108,7 @@ def place_targets(targets: Any, logits: Tensor | None, batch: int, device: torch
     if targets.is_inference():
         targets = targets.clone()  # an index made in inference mode cannot be saved for a backward pass
     placed = targets.to(device, torch.int64, non_blocking=True)
-    placed = placed[:, None] if placed.ndim == 1 else placed
+    placed = placed.unsqueeze(1) if placed.ndim == 1 else placed
     if classes is None or targets.device.type == "cpu":
         return placed, None
     safe = placed.clamp(0, classes - 1)
