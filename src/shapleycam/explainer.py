@@ -241,7 +241,7 @@ class Explainer:
         with _out_of_inference(), explained_by_state(self.model), self._checking or _NOTHING:
             self._check(inputs, targets)
             plan, found = self._derive(inputs, targets, max(orders), wanted)
-            with torch.no_grad():
+            with torch.set_grad_enabled(False):
                 found.mark_images(inputs.images)
                 return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
 
@@ -296,13 +296,13 @@ class Explainer:
             raw = raw if found.nan_mark is None else raw + found.nan_mark[:, None, None].to(raw.dtype)
             raws.append(raw.view(*(raw.shape[:2] if several else raw.shape[:1]), *term.layout.grid))
 
-        def pick(each: Tensor | None) -> Tensor | None:
-            return each if several or each is None else each.squeeze(1)
-
+        picked = [found.targets, found.norm_ratio() if with_norms else None, found.gap(method.order) if with_gap else None]
+        if not several:
+            picked = [None if each is None else each.squeeze(1) for each in picked]
         explanation = Explanation(
             outputs=found.outputs,
             logits=found.logits,
-            targets=pick(found.targets),
+            targets=picked[0],
             raws=tuple(raws),
             image_size=found.terms[0].layout.space(images.shape),
             diagnostics=Diagnostics(
@@ -310,12 +310,12 @@ class Explainer:
                 utility=self.utility.name,
                 engine=found.engine if method.order else "none",
                 backend=served,
-                layers=tuple(name for name, _ in plan.layers),
-                layouts=tuple(term.layout for term in found.terms),
+                layers=tuple([name for name, _ in plan.layers]),
+                layouts=tuple([term.layout for term in found.terms]),
                 notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ())),
             ),
-            hvp_ratio=pick(found.norm_ratio() if with_norms else None),
-            gap=pick(found.gap(method.order) if with_gap else None),
+            hvp_ratio=picked[1],
+            gap=picked[2],
             backend=self.backend,
         )
         if on_host and not all(isfinite(raw.sum().item()) for raw in raws) and not bool(explanation.finite.all()):

@@ -20,6 +20,10 @@ from ..utilities.named import Utility, evaluate
 from ..utilities.targets import place_targets
 
 
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 @dataclass(slots=True)
 class Terms:
     """What one target layer contributes, as strided [N, C, S] views.
@@ -82,7 +86,7 @@ class Derivatives:
 
     def mark_images(self, images: Tensor) -> None:
         """Mark images with NaN or Inf in them: a network may swallow either, its map must not."""
-        wide = torch.promote_types(images.dtype, torch.float32)
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
         # One number tells that a CPU's batch has none of them, without waiting for anything.
         if images.device.type != "cpu" or not isfinite(images.sum(dtype=wide).item()):
             self.mark(images.detach().flatten(1).sum(1, dtype=wide) * 0)
@@ -118,7 +122,7 @@ class Request:
     Attributes:
         model, layers: the model and (name, module) of its target layers.
         layout_of: ``(name, module, activations, images) -> Layout``.
-        utility, inputs, targets: of the call.
+        utility, inputs, targets: of the call; the targets are checked, up to their range.
         order: the highest derivative wanted, 0 to 2.
         writes: something behind a target layer writes into its output, so the head needs a copy.
         head: the pool-and-linear head, where it was verified.
@@ -160,16 +164,16 @@ class Request:
         for captured in capture.layers:
             assert captured.activations is not None
             layout = self.layout_of(captured.name, captured.module, captured.activations, self.inputs.images)
-            found.append(Terms(layout.view(captured.activations.detach()), layout))
+            found.append(Terms(layout.view(_detached(captured.activations)), layout))
         return found
 
     def start(self, capture: Capture, outputs: Any, engine: str) -> Derivatives:
         """The answer as far as a forward pass gives it."""
         logits = self.utility.logits_of(outputs)
-        targets, mark = place_targets(self.targets, logits, self.batch, self.inputs.images.device)
+        targets, mark = place_targets(self.targets, logits, self.batch, self.inputs.images.device, checked=True)
         # What the caller keeps must not keep the head's graph alive.
-        kept = outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
-        logits = kept if logits is outputs else None if logits is None else logits.detach()
+        kept = _detached(outputs) if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
+        logits = kept if logits is outputs else None if logits is None else _detached(logits)
         return Derivatives(kept, logits, targets, self.terms(capture), engine, nan_mark=mark)
 
     def values(self, outputs: Any, targets: Tensor | None, logits: Tensor | None = None) -> list[Tensor]:

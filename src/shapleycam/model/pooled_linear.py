@@ -36,7 +36,7 @@ class PooledLinear:
 
     linear: nn.Linear
     error: float
-    #: shapes of activations, without the batch, for which the mean was seen to hold
+    #: shapes of activations on an accelerator, without the batch, for which the mean was seen to hold
     shapes: set[tuple[int, ...]] = field(default_factory=set)
 
     def still_holds(self, capture: Capture, logits: Tensor | None, activations: Tensor) -> Tensor | None:
@@ -63,13 +63,14 @@ class PooledLinear:
         read = calls[0][0]
         if read.shape != activations.shape[:2]:
             raise Outdated("the classifier no longer reads one number per channel")
-        shape = tuple(activations.shape[1:])
-        on_host = activations.device.type == "cpu" or shape not in self.shapes
-        if not on_host:
+        cpu = activations.device.type == "cpu"
+        shape = () if cpu else tuple(activations.shape[1:])
+        if not cpu and shape in self.shapes:
             return torch.where(self.differs(read, activations), float("nan"), 0.0)
         if not self._near(read, activations) and bool(self.differs(read, activations).any()):
             raise Outdated("the classifier no longer reads the mean of the target layer's output")
-        self.shapes.add(shape)
+        if not cpu:
+            self.shapes.add(shape)
         return None
 
     def _near(self, read: Tensor, activations: Tensor) -> bool:
