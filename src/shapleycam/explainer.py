@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -264,11 +264,10 @@ class Explainer:
             raise InputError(f"Method {name!r} has no derivatives, and no baseline: use baseline='zero', or another method.")
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
-        checking = self._checking or nullcontext()
-        with torch.inference_mode(False), explained_by_state(self.model), checking:  # inference tensors have no backward
+        with _out_of_inference(), explained_by_state(self.model), self._checking or _NOTHING:
             self._check(inputs, targets)
             plan, found = self._derive(inputs, targets, max(orders), wanted)
-            with torch.no_grad():
+            with torch.set_grad_enabled(False):
                 found.mark_images(inputs.images)
                 for note in found.notes:
                     warn(note)
@@ -323,16 +322,16 @@ class Explainer:
             alpha = None if source is None else source(self._shown(plan, found, index, inputs))
             raw, served = self._reduce(method, term, alpha, found.classes)  # [N, M, S]
             raw = raw if found.nan_mark is None else raw + found.nan_mark[:, None, None].to(raw.dtype)
-            raw = raw.view(*raw.shape[:2], *term.layout.grid)
-            raws.append(raw if several else raw[:, 0])
+            raws.append(raw.view(*(raw.shape[:2] if several else raw.shape[:1]), *term.layout.grid))
 
-        def pick(each: Tensor | None) -> Tensor | None:
-            return each if several or each is None else each[:, 0]
-
+        ends = with_gap or (found.nodes is not None and found.baseline is not None)  # "auto" knows the gap anyway
+        picked = [found.targets, found.norm_ratio() if with_norms else None, found.gap(method.order) if ends else None]
+        if not several:
+            picked = [None if each is None else each.squeeze(1) for each in picked]
         explanation = Explanation(
             outputs=found.outputs,
             logits=found.logits,
-            targets=pick(found.targets),
+            targets=picked[0],
             raws=tuple(raws),
             image_size=found.terms[0].layout.space(images.shape),
             diagnostics=Diagnostics(
@@ -340,15 +339,15 @@ class Explainer:
                 utility=self.utility.name,
                 engine=found.engine if method.order else "none",
                 backend=served,
-                layers=tuple(name for name, _ in plan.layers),
-                layouts=tuple(term.layout for term in found.terms),
+                layers=tuple([name for name, _ in plan.layers]),
+                layouts=tuple([term.layout for term in found.terms]),
                 notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ()), *found.notes),
                 baseline=self._settings.path.start,
                 nodes=found.nodes if method.order == 2 else None,
             ),
             standard_errors=self._errors(method, found, several),
-            hvp_ratio=pick(found.norm_ratio() if with_norms else None),
-            gap=pick(found.gap(method.order) if with_gap or (found.nodes and found.baseline is not None) else None),
+            hvp_ratio=picked[1],
+            gap=picked[2],
             backend=self.backend,
         )
         if on_host and not all(isfinite(raw.sum().item()) for raw in raws) and not bool(explanation.finite.all()):
@@ -399,7 +398,7 @@ class Explainer:
         """
         inputs = self.inputs(images, args, kwargs)
         targets = as_targets(targets)
-        with torch.inference_mode(False), explained_by_state(self.model):
+        with _out_of_inference(), explained_by_state(self.model):
             self._check(inputs, targets)
             plan = self._plans.get(self.method.order)
             if plan is None:
@@ -452,6 +451,16 @@ class Explainer:
                 self._generator = torch.Generator(activations.device).manual_seed(self._seed)
             shape = (activations.shape[0], classes, activations.shape[1])
             return torch.rand(shape, generator=self._generator, device=activations.device) * 2 - 1
+
+
+#: A context that does nothing; it keeps no state, so one serves all.
+_NOTHING = nullcontext()
+
+
+def _out_of_inference() -> AbstractContextManager[Any]:
+    """Inference mode off, whose tensors have no backward, and gradients on; no context where it is so already."""
+    plain = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return _NOTHING if plain else torch.inference_mode(False)
 
 
 def _unsteady(said: str) -> ModelStateError:

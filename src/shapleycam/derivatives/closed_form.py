@@ -46,7 +46,7 @@ def forward(request: Request, engine: str) -> tuple[Derivatives, Any]:
             raise Outdated("an operator writes into the target layer's output")
         found = request.start(capture, outputs, engine)
         [term] = found.terms
-        found.mark(request.head.still_holds(capture, request.utility.logits_of(outputs), term.activations))
+        found.mark(request.head.still_holds(capture, found.logits, term.activations))
         assert found.logits is not None and found.targets is not None
     return found, outputs
 

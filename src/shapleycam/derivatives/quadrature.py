@@ -123,8 +123,20 @@ def _logit_weights(
     request: Request, found: Derivatives, z: Tensor, nodes: tuple[float, ...], weights: tuple[float, ...]
 ) -> Tensor:
     """``Σ ω_k U'(z_B + t_k (z - z_B))`` [N, M, K]."""
-    assert found.targets is not None
-    start, targets = logits_at_baseline(request, found), found.targets
+    assert found.targets is not None and found.logits is not None and request.head is not None
+    targets, path = found.targets, request.path
+    if request.utility.fused:
+        return ops.utility_rows(
+            found.logits,
+            targets,
+            request.head.linear.bias if path.from_zero else None,
+            utility=request.utility.name,
+            nodes=nodes,
+            weights=weights,
+            base=None if path.from_zero else logits_at_baseline(request, found).expand_as(z),
+            backend=request.backend,
+        )
+    start = logits_at_baseline(request, found)
     total: Tensor | None = None
     for t, share in zip(nodes, weights, strict=True):
         here = _gradients(request.utility, start + t * (z - start), targets) * share

@@ -21,6 +21,10 @@ from ..utilities.targets import place_targets
 from .path import Path, background, points
 
 
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 @dataclass(slots=True)
 class Terms:
     """What one target layer contributes, as strided [N, C, S] views.
@@ -107,7 +111,7 @@ class Derivatives:
 
     def mark_images(self, images: Tensor) -> None:
         """Mark images with NaN or Inf in them: a network may swallow either, its map must not."""
-        wide = torch.promote_types(images.dtype, torch.float32)
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
         # One number tells that a CPU's batch has none of them, without waiting for anything.
         if images.device.type != "cpu" or not isfinite(images.sum(dtype=wide).item()):
             self.mark(images.detach().flatten(1).sum(1, dtype=wide) * 0)
@@ -156,7 +160,7 @@ class Request:
     Attributes:
         model, layers: the model and (name, module) of its target layers.
         layout_of: ``(name, module, activations, images) -> Layout``.
-        utility, inputs, targets: of the call.
+        utility, inputs, targets: of the call; the targets are checked, up to their range.
         order: the highest derivative wanted, 0 to 2.
         writes: something behind a target layer writes into its output, so the head needs a copy.
         head: the pool-and-linear head, where it was verified.
@@ -199,7 +203,7 @@ class Request:
         found = []
         for captured in capture.layers:
             assert captured.activations is not None
-            found.append(self.term(captured.name, captured.module, captured.activations.detach()))
+            found.append(self.term(captured.name, captured.module, _detached(captured.activations)))
         return found
 
     def term(self, name: str, module: nn.Module, activations: Tensor) -> Terms:
@@ -224,10 +228,10 @@ class Request:
     def start(self, capture: Capture, outputs: Any, engine: str, terms: list[Terms] | None = None) -> Derivatives:
         """The answer as far as a forward pass gives it; ``terms`` are given where they are at hand."""
         logits = self.utility.logits_of(outputs)
-        targets, mark = place_targets(self.targets, logits, self.batch, self.inputs.images.device)
+        targets, mark = place_targets(self.targets, logits, self.batch, self.inputs.images.device, checked=True)
         # What the caller keeps must not keep the head's graph alive.
-        kept = outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
-        logits = kept if logits is outputs else None if logits is None else logits.detach()
+        kept = _detached(outputs) if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
+        logits = kept if logits is outputs else None if logits is None else _detached(logits)
         return Derivatives(kept, logits, targets, terms or self.terms(capture), engine, nan_mark=mark)
 
     def values(self, outputs: Any, targets: Tensor | None, logits: Tensor | None = None) -> list[Tensor]:

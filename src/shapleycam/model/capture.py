@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -73,23 +73,37 @@ class Capture(AbstractContextManager["Capture"]):
         self.linear_calls: list[tuple[Tensor, Tensor]] = []
         self._gradients, self._copy, self._replace, self._linear = gradients, copy, replace, linear
         self._tangent = tangent
-        self._stack = ExitStack()
         self._owner = 0
+        self._handles: list[RemovableHandle] = []
+        self._before = False  # the caller's grad mode
+        self._twice: TwiceDifferentiable | None = None
 
     def __enter__(self) -> Capture:
         self._owner = threading.get_ident()
-        with ExitStack() as stack:
-            # Restores the caller's grad mode on the way out, whatever the hook below turned on.
-            stack.enter_context(torch.no_grad())
+        self._before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
             for index, captured in enumerate(self.layers):
-                self._hook(stack, captured.module, self._make_hook(index, captured))
+                self._hook(captured.module, self._make_hook(index, captured))
             if self._linear is not None:
-                self._hook(stack, self._linear, self._on_linear)
-            self._stack = stack.pop_all()
+                self._hook(self._linear, self._on_linear)
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Put everything back, in the reverse order, whatever the hooks turned on."""
+        try:
+            if self._twice is not None:
+                self._twice.__exit__(None, None, None)
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            torch.set_grad_enabled(self._before)
 
     def run(self, inputs: Inputs) -> Any:
         """The model's outputs; afterwards every captured layer holds its activations.
@@ -107,14 +121,13 @@ class Capture(AbstractContextManager["Capture"]):
                 )
         return outputs
 
-    def _hook(self, stack: ExitStack, module: nn.Module, hook: Callable[..., Any]) -> None:
+    def _hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         try:
-            handle: RemovableHandle = module.register_forward_hook(hook)
+            self._handles.append(module.register_forward_hook(hook))
         except RuntimeError as error:
             raise ModelStateError(
                 f"{type(module).__name__} does not accept hooks ({error}). Pass the original module, not a scripted one."
             ) from error
-        stack.callback(handle.remove)
 
     def _make_hook(self, index: int, captured: CapturedLayer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -128,9 +141,12 @@ class Capture(AbstractContextManager["Capture"]):
             found = tensor_of(output, captured.name)
             outer = torch.is_grad_enabled() and found.requires_grad  # an earlier target layer has turned gradients on
             if self._gradients and not outer:
-                # Both end with the block. Entered here and not around the model, so that the trunk runs as it always does.
+                # Both end with the block. Turned on here and not around the model, so that the trunk runs as it always does.
                 torch.set_grad_enabled(True)
-                self._stack.enter_context(TwiceDifferentiable())
+                if self._twice is None:
+                    twice = TwiceDifferentiable()
+                    twice.__enter__()
+                    self._twice = twice
             given = self._replace(index, found) if self._replace is not None else found
             if self._gradients and not (outer and given.requires_grad):
                 given = given.detach().requires_grad_(True)
@@ -166,6 +182,8 @@ def tensor_of(output: Any, name: str) -> Tensor:
         LayerError: there is none, or more than one.
     """
     if isinstance(output, Tensor):
+        if output.ndim >= 3 and output.is_floating_point():
+            return output
         parts = [output]
     elif isinstance(output, (tuple, list)):
         parts = [part for part in output if isinstance(part, Tensor)]

@@ -43,13 +43,14 @@ def head_weights(rows: Tensor, weight: Tensor, *, backend: str = "auto") -> Tens
     n, m, k = rows.shape
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu" and rows.dtype == torch.float32
     if plain and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)):
+        least, most = Native.few_rows.get(weight.dtype, (1, 0))  # no other backend is quicker than the library
         # The compiler sees no ladder: there the operator serves, by whatever backend it then finds.
-        compiling = torch.compiler.is_compiling()
-        few = Native if compiling else LADDER.choose("channel_weighted_sum", "cpu", weight.dtype, None, backend)
-        least, most = few.few_rows.get(weight.dtype, (1, 0))
-        if least <= n * m <= most:
+        if least <= n * m <= most and (
+            torch.compiler.is_compiling()
+            or LADDER.choose("channel_weighted_sum", "cpu", weight.dtype, None, backend).few_rows is Native.few_rows
+        ):
             return channel_weighted_sum(weight[None], rows.reshape(1, n * m, k), backend=backend).view(n, m, -1)
-    return torch.matmul(rows, weight.to(rows.dtype))
+    return torch.matmul(rows, weight if weight.dtype == rows.dtype else weight.to(rows.dtype))
 
 
 def shapley_head(

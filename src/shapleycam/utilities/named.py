@@ -70,8 +70,9 @@ class Utility:
     def fused(self) -> bool:
         """Whether these are the very functions of the table's row of this name, which the operators' kernels compute."""
         row = UTILITIES.get(self.name)
-        return row is not None and all(
-            getattr(self, part) is getattr(row, part) for part in ("value", "gradient", "curvature", "curved")
+        return row is self or (
+            row is not None
+            and all(getattr(self, part) is getattr(row, part) for part in ("value", "gradient", "curvature", "curved"))
         )
 
     def logits_of(self, outputs: Any) -> Tensor | None:

@@ -19,11 +19,8 @@ def check_targets(targets: Any, batch: int, classes: int | None) -> None:
         TargetError: wrong type, dtype, shape, one-hot instead of indices, or (for an int or a tensor in host memory) out of
             range.
     """
-    if targets is None:
-        return
-    if isinstance(targets, int) and not isinstance(targets, bool):
-        if targets < 0 or (classes is not None and targets >= classes):
-            raise _out_of_range(targets, classes)
+    if targets is None or (isinstance(targets, int) and not isinstance(targets, bool)):
+        _check_range(targets, classes)
         return
     if not isinstance(targets, Tensor):
         raise TargetError(f"targets must be None, an int, or integers [N] or [N, M]; got {type(targets).__name__}.")
@@ -41,13 +38,35 @@ def check_targets(targets: Any, batch: int, classes: int | None) -> None:
         raise TargetError(
             f"targets must have shape [{batch}] or [{batch}, M] for a batch of {batch} images, got {shape}.{hint}"
         )
-    if targets.device.type == "cpu":
+    _check_range(targets, classes)
+
+
+def _check_range(targets: Any, classes: int | None) -> None:
+    """Check the values of targets of the right form, where they are on the host."""
+    if targets is None:
+        return
+    if isinstance(targets, int):
+        if targets < 0 or (classes is not None and targets >= classes):
+            raise _out_of_range(targets, classes)
+    elif targets.device.type == "cpu":
         encoded = _one_hot(targets, classes)
         if encoded is not None and bool(encoded.all()):
-            raise TargetError(f"targets {shape} are one-hot, but class indices are expected. Use targets.argmax(1).")
-        wrong = targets[(targets < 0) | (targets >= classes)] if classes is not None else targets[targets < 0]
-        if wrong.numel():
-            raise _out_of_range(int(wrong[0]), classes)
+            raise TargetError(
+                f"targets {tuple(targets.shape)} are one-hot, but class indices are expected. Use targets.argmax(1)."
+            )
+        low, high = _extremes(targets)
+        if low < 0 or (classes is not None and high >= classes):
+            wrong = targets < 0 if classes is None else (targets < 0) | (targets >= classes)
+            raise _out_of_range(int(targets[wrong][0]), classes)
+
+
+def _extremes(targets: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of targets in host memory; of few, a list tells that faster than an operator."""
+    if targets.ndim == 1 and targets.shape[0] <= 64:
+        numbers = targets.tolist()
+        return min(numbers), max(numbers)
+    low, high = targets.aminmax()
+    return int(low), int(high)
 
 
 def _out_of_range(target: int, classes: int | None) -> TargetError:
@@ -69,6 +88,8 @@ def as_targets(targets: Any) -> Any:
     Raises:
         TargetError: a sequence that is no rectangle of numbers.
     """
+    if targets is None or isinstance(targets, Tensor):
+        return targets
     if isinstance(targets, numbers.Integral) and not isinstance(targets, bool):
         return int(targets)
     if (isinstance(targets, Sequence) and not isinstance(targets, (str, bytes))) or hasattr(targets, "__array_interface__"):
@@ -81,24 +102,33 @@ def as_targets(targets: Any) -> Any:
     return targets
 
 
-def place_targets(targets: Any, logits: Tensor | None, batch: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def place_targets(
+    targets: Any, logits: Tensor | None, batch: int, device: torch.device, *, checked: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """Targets as int64 [N, M] on ``device``, and a mark [N].
+
+    They are checked as :func:`check_targets` does; of those ``checked`` so before, the range only, which the logits tell.
 
     An index that lives on the device cannot be checked without waiting for it. It is clamped, and its image
     marked with NaN, which makes its map NaN, so that a wrong index is neither an illegal read nor a pretty map.
     """
     classes = logits.shape[1] if logits is not None and logits.ndim == 2 else None
-    check_targets(targets, batch, classes)
+    if checked:
+        _check_range(targets, classes)
+    else:
+        check_targets(targets, batch, classes)
     if targets is None:
         if logits is None or classes is None:
             return None, None
         return logits.detach().argmax(1, keepdim=True), None
     if isinstance(targets, int):
         return torch.full((batch, 1), targets, dtype=torch.int64, device=device), None
+    placed = targets
     if targets.is_inference():
-        targets = targets.clone()  # an index made in inference mode cannot be saved for a backward pass
-    placed = targets.to(device, torch.int64, non_blocking=True)
-    placed = placed[:, None] if placed.ndim == 1 else placed
+        placed = targets.clone()  # an index made in inference mode cannot be saved for a backward pass
+    if placed.dtype != torch.int64 or placed.device != device:
+        placed = placed.to(device, torch.int64, non_blocking=True)
+    placed = placed.unsqueeze(1) if placed.ndim == 1 else placed
     if classes is None or targets.device.type == "cpu":
         return placed, None
     safe = placed.clamp(0, classes - 1)

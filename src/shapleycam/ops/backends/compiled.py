@@ -77,8 +77,10 @@ class Compiled(Backend):
         n, c, s = tensor.stride()
         return tensor.data_ptr(), self._codes[tensor.dtype], n, c, s
 
-    def _workspace(self, query: str, tensor: Tensor, *extents: int) -> Tensor:
-        return torch.empty(self._functions[query](*extents), dtype=torch.uint8, device=tensor.device)
+    def _workspace(self, query: str, tensor: Tensor, *extents: int) -> tuple[Tensor | None, int]:
+        """A workspace and its size in bytes; none where small extents need none."""
+        size = self._functions[query](*extents)
+        return torch.empty(size, dtype=torch.uint8, device=tensor.device) if size else None, size
 
     def _finish(self, status: int, operator: str, *tensors: Tensor | None) -> None:
         if status:
@@ -90,10 +92,11 @@ class Compiled(Backend):
         """Fill ``out`` [N, S]."""
         n, c, s = activations.shape
         code = self._module.poolings[pooling]
-        space = self._workspace("weighted_reduce_workspace", activations, n, c, s, code)
+        space, size = self._workspace("weighted_reduce_workspace", activations, n, c, s, code)
         status = self._functions["weighted_reduce"](
             self._describe(activations), self._describe(gradient), None if hvp is None else self._describe(hvp),
-            n, c, s, code, out.data_ptr(), self._codes[out.dtype], space.data_ptr(), space.numel(), self.queue(activations),
+            n, c, s, code, out.data_ptr(), self._codes[out.dtype], 0 if space is None else space.data_ptr(), size,
+            self.queue(activations),
         )  # fmt: skip
         self._finish(status, f"weighted_reduce ({pooling})", activations, gradient, hvp)
 
@@ -101,11 +104,12 @@ class Compiled(Backend):
         """Fill ``out`` [N, M, S]."""
         n, c, s = activations.shape
         m = alpha.shape[1]
-        alpha = alpha.to(out.dtype).contiguous()
-        space = self._workspace("channel_weighted_sum_workspace", activations, n, c, s, m)
+        if alpha.dtype != out.dtype or not alpha.is_contiguous():  # asking is cheaper than a conversion to the same
+            alpha = alpha.to(out.dtype).contiguous()
+        space, size = self._workspace("channel_weighted_sum_workspace", activations, n, c, s, m)
         status = self._functions["channel_weighted_sum"](
             self._describe(activations), alpha.data_ptr(), n, c, s, m, out.data_ptr(), self._codes[out.dtype],
-            space.data_ptr(), space.numel(), self.queue(activations),
+            0 if space is None else space.data_ptr(), size, self.queue(activations),
         )  # fmt: skip
         self._finish(status, "channel_weighted_sum", activations, alpha)
 
@@ -121,8 +125,8 @@ class Compiled(Backend):
     ) -> None:
         """Fill ``out`` [N, M, K]."""
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        targets = targets.contiguous()
-        bias = None if bias is None else bias.contiguous()
+        targets = targets if targets.is_contiguous() else targets.contiguous()
+        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         (n, k), m = logits.shape, targets.shape[1]
         at, code = (0, 0) if bias is None else (bias.data_ptr(), self._codes[bias.dtype])
         status = self._functions["utility_rows"](
@@ -146,10 +150,10 @@ class Compiled(Backend):
         n, c, s = activations.shape
         m = alpha.shape[1]
         alpha = alpha.to(raw.dtype).contiguous()
-        space = self._workspace("channel_weighted_sum_workspace", activations, n, c, s, m)
+        space, bytes_ = self._workspace("channel_weighted_sum_workspace", activations, n, c, s, m)
         status = self._functions["class_maps"](
             self._describe(activations), alpha.data_ptr(), n, c, m, _three(grid), _three(size), renormalize, raw.data_ptr(),
-            self._codes[raw.dtype], maps.data_ptr(), self._codes[maps.dtype], space.data_ptr(), space.numel(),
+            self._codes[raw.dtype], maps.data_ptr(), self._codes[maps.dtype], 0 if space is None else space.data_ptr(), bytes_,
             self.queue(activations),
         )  # fmt: skip
         self._finish(status, "class_maps", activations, alpha)
