@@ -77,8 +77,28 @@ def _show_warning(
 Model = Annotated[str, typer.Option(help="efficientnet-lite0, or a torchvision or timm name (timm/NAME picks the library).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Backend = Annotated[str, typer.Option(help="auto, cuda, triton, native or torch; an explicit choice never falls back.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="Derivative engine: auto, closed_form, reverse_over_reverse, forward_over_reverse, quadrature, midpoint."
+    ),
+]
+Nodes = Annotated[
+    str | None,
+    typer.Option(metavar="N|auto", help="With --engine quadrature: gradients along the path, 1 to 32; 4 if not given."),
+]
+Baseline = Annotated[str, typer.Option(help="What the content is counted from: zero, or mean over the positions.")]
 Out = Annotated[Path, typer.Option(help="Folder for the pictures; made if it is missing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of a table.")]
+
+
+def _number_of_nodes(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a whole number nor 'auto'.", param_hint="--nodes") from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,7 +134,9 @@ def explain(
     layer: Annotated[list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")] = None,
     method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
     utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
-    engine: Annotated[str, typer.Option(help="Derivative engine: auto, closed_form, reverse_over_reverse, …")] = "auto",
+    engine: Engine = "auto",
+    nodes: Nodes = None,
+    baseline: Baseline = "zero",
     backend: Backend = "auto",
     target: Annotated[str | None, typer.Option(help="Class to explain, by index or name; the predicted one otherwise.")] = None,
     topk: Annotated[int, typer.Option(min=1, help="Explain the k most probable classes.")] = 1,
@@ -144,6 +166,8 @@ def explain(
         method=method,
         utility=utility,
         engine=engine,
+        nodes=_number_of_nodes(nodes),
+        baseline=baseline,
         backend=backend,
         target=target,
         topk=topk,
@@ -175,7 +199,9 @@ def evaluate(
     ] = None,
     utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
     layer: Annotated[list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")] = None,
-    engine: Annotated[str, typer.Option(help="Derivative engine: auto, closed_form, reverse_over_reverse, …")] = "auto",
+    engine: Engine = "auto",
+    nodes: Nodes = None,
+    baseline: Baseline = "zero",
     backend: Backend = "auto",
     device: Device = "auto",
     batch_size: Annotated[
@@ -209,6 +235,8 @@ def evaluate(
         utility=utility,
         layer=tuple(layer) if layer else "auto",
         engine=engine,
+        nodes=_number_of_nodes(nodes),
+        baseline=baseline,
         backend=backend,
         seed=seed,
         workers=workers,

@@ -44,6 +44,8 @@ class Options:
     method: str = "shapleycam"
     utility: str = "rest"
     engine: str = "auto"
+    nodes: int | str | None = None
+    baseline: str = "zero"
     backend: str = "auto"
     target: str | None = None
     topk: int = 1
@@ -63,9 +65,10 @@ class Options:
             parts.append(Path(self.weights).stem)
         if self.layer != usual.layer:
             parts.append(self.layer if isinstance(self.layer, str) else "+".join(self.layer))
-        parts += [
-            getattr(self, name) for name in ("utility", "engine", "colormap") if getattr(self, name) != getattr(usual, name)
-        ]
+        for name in ("utility", "engine", "nodes", "baseline", "colormap"):
+            value = getattr(self, name)
+            if value != getattr(usual, name):
+                parts.append(f"{name}{value}" if name in ("nodes", "baseline") else value)
         return parts if self.alpha == usual.alpha else [*parts, f"alpha{self.alpha:g}"]
 
 
@@ -144,6 +147,8 @@ def explain_files(arguments: Sequence[str], options: Options, results: Console, 
             method=options.method,
             utility=options.utility,
             engine=options.engine,
+            nodes=options.nodes,
+            baseline=options.baseline,
             backend=options.backend,
         )
     size = options.batch_size or (1 if device.type == "cpu" else 8)
@@ -252,7 +257,8 @@ def _explain(
             file = names.take("-".join(parts))
             to_picture(drawn[n, m] if options.topk > 1 else drawn[n]).save(file)
             used = explanation.diagnostics
-            rows.append(Row(image.path, label, index, probability, used.engine, used.backend, milliseconds, file))
+            engine = used.engine if used.nodes is None else f"{used.engine}, {used.nodes} node{'s' * (used.nodes > 1)}"
+            rows.append(Row(image.path, label, index, probability, engine, used.backend, milliseconds, file))
     return rows
 
 

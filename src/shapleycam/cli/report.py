@@ -143,6 +143,8 @@ def content(sections: Sequence[Section], missing: Sequence[str]) -> dict[str, An
                 "layers": section.outcome.layers,
                 "utility": section.protocol.utility,
                 "engine": section.outcome.engine,
+                "nodes": section.protocol.nodes,
+                "baseline": section.protocol.baseline,
                 "batch_size": section.protocol.batch_size,
                 "seed": section.protocol.seed,
                 "device": section.device,

@@ -18,6 +18,7 @@ from ..errors import InputError
 from . import utils
 from .cams import (
     AblationCAM,
+    AumannShapleyCAM,
     BaseCAM,
     EigenCAM,
     EigenGradCAM,
@@ -47,6 +48,7 @@ from .utils.reshape_transforms import fasterrcnn_reshape_transform, swinT_reshap
 
 __all__ = [
     "AblationCAM",
+    "AumannShapleyCAM",
     "BaseCAM",
     "BinaryClassifierOutputTarget",
     "ClassifierOutputReST",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,7 +56,7 @@ class ActivationsAndGradients:
         return [
             term.pairs(1)[0][0].expand_as(term.activations).unflatten(2, term.layout.grid).cpu()
             for term in self._terms
-            if term.gradients or term.weights is not None
+            if term.gradients or term.integrated or term.weights is not None
         ]
 
     def clear(self) -> None:
@@ -92,6 +93,8 @@ class BaseCAM:
     """
 
     method: ClassVar[str | Method]
+    #: further arguments of :class:`shapleycam.Explainer`
+    _options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -192,6 +195,7 @@ class BaseCAM:
                 self._own if utility == "targets" else utility,
                 layout=self._layout,
                 principal=principal,
+                **self._options,
             )
         return self._explainers[key]
 
@@ -256,6 +260,33 @@ class ShapleyCAM(BaseCAM):
     """The paper's ShapleyCAM. Over a piecewise-linear head it needs ``ClassifierOutputReST`` targets to differ from GradCAM."""
 
     method = "shapleycam"
+
+
+class AumannShapleyCAM(BaseCAM):
+    """ShapleyCAM with the gradient's mean along the path from a baseline in the place of g - HA/2; pytorch-grad-cam has none.
+
+    Args:
+        nodes: how many Gauss-Legendre nodes, 1 to 32, or "auto".
+        baseline: "zero", "mean", or a tensor that broadcasts to the activations as [N, C, S].
+        model, target_layers, reshape_transform, tta_transforms: as for :class:`BaseCAM`.
+
+    Raises:
+        InputError: nodes or a baseline that cannot be.
+    """
+
+    method = "shapleycam"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Iterable[nn.Module],
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+        tta_transforms: Iterable[Any] | None = None,
+        nodes: int | str = 4,
+        baseline: str | Tensor = "zero",
+    ) -> None:
+        self._options = {"engine": "quadrature", "nodes": nodes, "baseline": baseline}
+        super().__init__(model, target_layers, reshape_transform, tta_transforms)
 
 
 class GradCAM(BaseCAM):

@@ -42,7 +42,7 @@ class Protocol:
 
     Attributes:
         methods: names of :data:`shapleycam.METHODS`.
-        utility, layer, engine, backend: as for :class:`shapleycam.Explainer`.
+        utility, layer, engine, nodes, baseline, backend: as for :class:`shapleycam.Explainer`.
         batch_size: pictures that go through the model at once.
         seed: of RandomCAM.
         workers: processes that decode pictures; no part of the result.
@@ -53,6 +53,8 @@ class Protocol:
     utility: str = "rest"
     layer: str | tuple[str, ...] = "auto"
     engine: str = "auto"
+    nodes: int | str | None = None
+    baseline: str = "zero"
     backend: str = "auto"
     batch_size: int = 16
     seed: int = 0
@@ -120,6 +122,8 @@ def evaluate(
         layer=protocol.layer if isinstance(protocol.layer, str) else list(protocol.layer),
         utility=protocol.utility,
         engine=protocol.engine,
+        nodes=protocol.nodes,
+        baseline=protocol.baseline,
         backend=protocol.backend,
     )
     size = protocol.batch_size
