@@ -324,6 +324,28 @@ def test_what_differs_is_in_the_name(tmp_path, photo, capsys):
     assert "1 picture of an earlier run replaced" in capsys.readouterr().out
 
 
+def test_quadrature_by_its_options(tmp_path, photo, capsys):
+    for options, said in (
+        (["--engine", "quadrature"], "quadrature, 4 nodes"),
+        (["--engine", "quadrature", "--nodes", "1", "--baseline", "mean"], "quadrature, 1 node"),
+        (["--engine", "quadrature", "--nodes", "auto"], "quadrature, "),
+    ):
+        assert run(["explain", str(photo["chelsea.png"]), "--json", "--out", str(tmp_path), *options]) == 0
+        [row] = json.loads(capsys.readouterr().out)["rows"]
+        assert row["engine"].startswith(said)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert [("nodes1" in name, "baselinemean" in name, "nodesauto" in name) for name in names].count((False, False, False)) == 1
+    for options, message in (
+        (["--nodes", "4"], "nodes=4 belongs to engine='quadrature'; the engine is 'auto'"),
+        (["--engine", "quadrature", "--nodes", "99"], "nodes must be a whole number from 1 to 32"),
+        (["--baseline", "blur"], "Unknown baseline 'blur'"),
+    ):
+        assert run(["explain", str(photo["chelsea.png"]), "--out", str(tmp_path), *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert run(["explain", str(photo["chelsea.png"]), "--engine", "quadrature", "--nodes", "2.5"]) == 2
+    assert "'2.5' is neither a whole number nor 'auto'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_ctrl_c_shows_what_is_done(tmp_path, photo):
     """The process is interrupted when its second overlay appears; the table has at least the first."""
     out = tmp_path / "out"

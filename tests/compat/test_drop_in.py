@@ -225,6 +225,44 @@ def test_activations_and_gradients(model, images, name):
     assert cam.activations_and_grads.activations == []
 
 
+@pytest.mark.parametrize("kind", ["predicted", "rest", "own"])
+@pytest.mark.parametrize("baseline", ["zero", "mean"])
+def test_aumann_shapley_is_the_mean_of_their_gradients_along_the_path(model, images, kind, baseline):
+    """Their own GradCAM is asked for the gradients at each node, with the target layer's output replaced."""
+    targets = TARGETS[kind](peer_targets)
+    seen = {}
+    hook = model.second.register_forward_hook(lambda m, i, o: seen.update(a=o.detach()))
+    logits = model(images)
+    hook.remove()
+    targets = targets or [peer_targets.ClassifierOutputTarget(int(c)) for c in logits.argmax(1)]
+    start = torch.zeros_like(seen["a"]) if baseline == "zero" else seen["a"].mean((2, 3), keepdim=True).expand_as(seen["a"])
+    nodes, shares = np.polynomial.legendre.leggauss(3)
+    weights = torch.zeros_like(seen["a"])
+    for node, share in zip((nodes + 1) / 2, shares / 2, strict=True):
+        here = start + node * (seen["a"] - start)
+        hook = model.second.register_forward_hook(lambda m, i, o, here=here: here + 0 * o)
+        cam = peer.GradCAM(model, [model.second])
+        cam(images, targets)
+        weights += share * cam.activations_and_grads.gradients[0].detach()
+        cam.activations_and_grads.release()
+        hook.remove()
+    raw = (weights.mean((2, 3), keepdim=True) * (seen["a"] - start)).sum(1)
+    ours = compat.AumannShapleyCAM(model, [model.second], nodes=3, baseline=baseline)
+    found = ours(images, TARGETS[kind](compat))
+    expected = peer.base_cam.scale_cam_image(np.maximum(raw.numpy(), 0), images.shape[:1:-1])
+    np.testing.assert_allclose(found, peer.base_cam.scale_cam_image(expected), rtol=0, atol=5e-6)
+    assert found.max() > 0.9
+    kept = ours.activations_and_grads
+    torch.testing.assert_close(kept.activations[0], seen["a"])
+
+
+def test_aumann_shapley_refuses_what_it_cannot(curved):
+    with pytest.raises(InputError, match="nodes must be a whole number from 1 to 32"):
+        compat.AumannShapleyCAM(curved, [curved.second], nodes=0)
+    with pytest.raises(InputError, match="Unknown baseline 'blur'"):
+        compat.AumannShapleyCAM(curved, [curved.second], baseline="blur")
+
+
 def test_recognised_targets_are_not_called_one_by_one(curved, images, monkeypatch):
     expected = compat.GradCAM(curved, [curved.second])(images, [lambda output: output[2]] * 3)
     calls = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,12 +33,14 @@ class PerImage:
         """[N] for the outputs of the first N images."""
         return _values(self.targets, outputs)
 
-    def rows(self, rows: Tensor) -> Callable[[Any, Tensor | None], Tensor]:
+    def rows(self, rows: Tensor) -> PerImage:
         """The utility of outputs whose row i belongs to image ``rows[i]``."""
-        return partial(_values, [self.targets[row] for row in rows.tolist()])
+        chosen = PerImage()
+        chosen.targets = [self.targets[row] for row in rows.tolist()]
+        return chosen
 
 
-def _values(targets: Sequence[Target], outputs: Any, classes: Tensor | None = None) -> Tensor:
+def _values(targets: Sequence[Target], outputs: Any) -> Tensor:
     if not isinstance(outputs, (Tensor, list, tuple)):
         outputs = logits_of(outputs)
         if outputs is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -48,6 +48,8 @@ class Utility:
     curvature: Callable[[Tensor, Tensor, Tensor], Coefficients] | None = None
     curved: bool = True
     output: Output = "auto"
+    #: the value for the whole batch and the rows of it that :attr:`value` is for, behind :meth:`rows`
+    _whole: tuple[Any, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_callable(self.value, f"The value of utility {self.name!r}", "(outputs, targets)")
@@ -94,8 +96,13 @@ class Utility:
         A callable that holds something per image (a mask, boxes) says so by a method ``rows(rows) -> callable``; every other
         utility is the same for all rows.
         """
-        select = getattr(self.value, "rows", None)
-        return self if select is None else replace(self, value=select(rows))
+        # What a method rows() returns need not have one itself: rows of rows are asked of the whole batch's.
+        whole, chosen = self._whole or (self.value, None)
+        select = getattr(whole, "rows", None)
+        if select is None:
+            return self
+        rows = rows if chosen is None else chosen.to(rows.device)[rows]
+        return replace(self, value=select(rows), _whole=(whole, rows))
 
 
 def _check_callable(function: Any, what: str, form: str) -> None:
