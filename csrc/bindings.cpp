@@ -82,6 +82,31 @@ int32_t rows_cuda(uintptr_t logits, int32_t dtype, int64_t stride, uintptr_t bia
                                       pointer(rows), out_dtype, pointer(stream));
 }
 
+using Rule = std::vector<double>;
+
+int32_t integral_cpu(uintptr_t logits, int32_t dtype, int64_t stride, uintptr_t start, int32_t start_dtype,
+                     int64_t start_stride, uintptr_t targets, int64_t n, int64_t m, int64_t k, int32_t utility,
+                     const Rule& nodes, const Rule& weights, double scale, uintptr_t rows, int32_t out_dtype, int32_t threads) {
+  if (nodes.size() != weights.size() || nodes.size() > SHAPLEYCAM_MOST_NODES) return SHAPLEYCAM_BAD_NODES;
+  const py::gil_scoped_release release;
+  return shapleycam_quadrature_rows_cpu(pointer(logits), dtype, stride, pointer(start), start_dtype, start_stride,
+                                        static_cast<const int64_t*>(pointer(targets)), n, m, k, utility, nodes.data(),
+                                        weights.data(), static_cast<int32_t>(nodes.size()), scale, pointer(rows), out_dtype,
+                                        threads);
+}
+
+int32_t integral_cuda(uintptr_t logits, int32_t dtype, int64_t stride, uintptr_t start, int32_t start_dtype,
+                      int64_t start_stride, uintptr_t targets, int64_t n, int64_t m, int64_t k, int32_t utility,
+                      const Rule& nodes, const Rule& weights, double scale, uintptr_t rows, int32_t out_dtype,
+                      uintptr_t stream) {
+  if (nodes.size() != weights.size() || nodes.size() > SHAPLEYCAM_MOST_NODES) return SHAPLEYCAM_BAD_NODES;
+  const py::gil_scoped_release release;
+  return shapleycam_quadrature_rows_cuda(pointer(logits), dtype, stride, pointer(start), start_dtype, start_stride,
+                                         static_cast<const int64_t*>(pointer(targets)), n, m, k, utility, nodes.data(),
+                                         weights.data(), static_cast<int32_t>(nodes.size()), scale, pointer(rows), out_dtype,
+                                         pointer(stream));
+}
+
 int32_t maps_cpu(const Described& a, uintptr_t alpha, int64_t n, int64_t c, int64_t m, const Extents& from, const Extents& to,
                  bool renormalize, uintptr_t raw, int32_t raw_dtype, uintptr_t maps, int32_t maps_dtype, uintptr_t workspace,
                  size_t size, int32_t threads) {
@@ -162,7 +187,7 @@ const Codes& utilities() {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  const std::vector<const char*> operators = {"weighted_reduce", "channel_weighted_sum", "utility_rows",
+  const std::vector<const char*> operators = {"weighted_reduce", "channel_weighted_sum", "utility_rows", "quadrature_rows",
                                               "class_maps",      "display_map",          "overlay"};
   module.attr("cpu_operators") = operators;
 #if defined(SHAPLEYCAM_WITH_CUDA)
@@ -175,6 +200,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("dtypes") = dtypes();
   module.attr("poolings") = poolings();
   module.attr("utilities") = utilities();
+  module.attr("most_nodes") = SHAPLEYCAM_MOST_NODES;
   module.def("status_text", &shapleycam_status_text);
   module.def("cpu_variant", &shapleycam_cpu_variant);
   module.def("weighted_reduce_workspace_cpu", &shapleycam_weighted_reduce_workspace_cpu);
@@ -182,6 +208,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("channel_weighted_sum_workspace_cpu", &shapleycam_channel_weighted_sum_workspace_cpu);
   module.def("channel_weighted_sum_cpu", &sum_cpu);
   module.def("utility_rows_cpu", &rows_cpu);
+  module.def("quadrature_rows_cpu", &integral_cpu);
   module.def("class_maps_cpu", &maps_cpu);
   module.def("display_map_cpu", &display_cpu);
   module.def("overlay_cpu", &overlay_cpu);
@@ -190,6 +217,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("channel_weighted_sum_workspace_cuda", &shapleycam_channel_weighted_sum_workspace_cuda);
   module.def("channel_weighted_sum_cuda", &sum_cuda);
   module.def("utility_rows_cuda", &rows_cuda);
+  module.def("quadrature_rows_cuda", &integral_cuda);
   module.def("class_maps_cuda", &maps_cuda);
   module.def("display_map_cuda", &display_cuda);
   module.def("overlay_cuda", &overlay_cuda);

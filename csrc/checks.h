@@ -133,6 +133,17 @@ inline int32_t check_rows(const void* logits, int32_t dtype, const void* bias, i
   return check_out(rows, out_dtype, dtype);
 }
 
+// The same for quadrature_rows.
+inline int32_t check_integral(const void* logits, int32_t dtype, int64_t stride, const void* start, int32_t start_dtype,
+                              int64_t start_stride, const int64_t* targets, int64_t n, int64_t m, int64_t k, int32_t utility,
+                              const double* nodes, const double* weights, int32_t count, const void* rows, int32_t out_dtype) {
+  int64_t last = 0;
+  if (start_stride < 0 || (n > 0 && overflows(n, start_stride, &last)) || last > INT64_MAX / 16) return SHAPLEYCAM_BAD_SHAPE;
+  if (count < 1 || count > SHAPLEYCAM_MOST_NODES) return SHAPLEYCAM_BAD_NODES;
+  if (nodes == nullptr || weights == nullptr) return SHAPLEYCAM_NULL_POINTER;
+  return check_rows(logits, dtype, start, start_dtype, targets, n, m, k, stride, utility, 1, rows, out_dtype);
+}
+
 // class_maps: everything its two parts check, before either runs; `s` receives the number of positions.
 inline int32_t check_maps(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c, int64_t m,
                           const int64_t* from, const int64_t* to, const void* raw, int32_t raw_dtype, const void* maps,

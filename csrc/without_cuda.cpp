@@ -27,6 +27,11 @@ int32_t shapleycam_utility_rows_cuda(const void*, int32_t, int64_t, const void*,
                                      int64_t, int32_t, int32_t, double, void*, int32_t, void*) {
   return SHAPLEYCAM_UNSUPPORTED;
 }
+int32_t shapleycam_quadrature_rows_cuda(const void*, int32_t, int64_t, const void*, int32_t, int64_t, const int64_t*, int64_t,
+                                        int64_t, int64_t, int32_t, const double*, const double*, int32_t, double, void*,
+                                        int32_t, void*) {
+  return SHAPLEYCAM_UNSUPPORTED;
+}
 int32_t shapleycam_class_maps_cuda(const shapleycam_view*, const void*, int64_t, int64_t, int64_t, const int64_t*,
                                    const int64_t*, int32_t, void*, int32_t, void*, int32_t, void*, size_t, void*) {
   return SHAPLEYCAM_UNSUPPORTED;

@@ -91,6 +91,8 @@ const char* shapleycam_status_text(int32_t status) {
       return "CUDA refused the launch";
     case SHAPLEYCAM_BAD_UTILITY:
       return "an unknown utility, or an order that is not 1 or 2";
+    case SHAPLEYCAM_BAD_NODES:
+      return "fewer than 1 or more than 32 nodes";
     default:
       return "unknown status";
   }

@@ -26,12 +26,14 @@ struct SumTask {
 };
 
 struct RowsTask {
-  shapleycam_view logits, bias;  // of one image: [1, 1, k]; bias.data is null where there is none
+  shapleycam_view logits, bias;  // of one image: [1, 1, k]; bias.data is null where there is none; with nodes, the path's start
   const int64_t* targets;        // [m]
   int64_t m, k;
   int32_t utility, order;
   double scale;
   void* rows;  // [m, k], of the accumulation type
+  const double *nodes, *weights;
+  int32_t nodes_count;  // 0 where the rows are those of a derivative
 };
 
 struct DisplayTask {

@@ -1,13 +1,14 @@
 // The weights of the logits for one image, compiled once per instruction set (included by rows.inl).
 
+#include "exponential.inl"
+#include "quadrature.inl"
+
 namespace shapleycam {
 namespace SHAPLEYCAM_ARCH {
 
-inline float exponential(float x) { return __builtin_expf(x); }
-inline double exponential(double x) { return __builtin_exp(x); }
-
 template <typename T>
 void utility_rows(const RowsTask& t) {
+  if (t.nodes_count > 0) return quadrature_rows<T>(t);
   alignas(64) T z_scratch[kBlock], b_scratch[kBlock];
   const T unknown = static_cast<T>(__builtin_nan("")), factor = static_cast<T>(t.scale);
   T* rows = static_cast<T*>(t.rows);

@@ -1,4 +1,5 @@
-// utility_rows and class_maps on CUDA devices, one launch each: with the product in between, a whole explanation in three.
+// utility_rows, quadrature_rows and class_maps on CUDA devices, one launch each: with the product in between, a whole
+// explanation in three.
 #include "../utility.h"
 #include "display.cuh"
 #include "general.cuh"
@@ -88,6 +89,130 @@ int32_t launch_rows(const Logits& in, const int64_t* targets, int64_t n, int64_t
   return launched();
 }
 
+// A quadrature rule, by value: a launch brings it along. The path at a node is to_z z + to_start start.
+template <typename T>
+struct Rule {
+  int32_t count;
+  T to_z[SHAPLEYCAM_MOST_NODES], to_start[SHAPLEYCAM_MOST_NODES], weight[SHAPLEYCAM_MOST_NODES];
+};
+
+constexpr int kTogether = 4;  // classes whose rows share the exponentials
+static_assert(SHAPLEYCAM_MOST_NODES == 32 && kTogether <= kWarps, "a warp has a lane for every node");
+
+// One block to an image. First the maximum and the sum of every softmax, the nodes shared out among the warps, or the warps
+// among the nodes where these are few; then the rows, with one read of the logits for all nodes. `in.bias` is the path's start.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    rows_of_integral(Logits in, int64_t start_stride, Rule<T> rule, const int64_t* targets, int64_t images, int64_t classes,
+                     int64_t logits, int32_t utility, T* rows) {
+  __shared__ T part_top[SHAPLEYCAM_MOST_NODES], part_total[SHAPLEYCAM_MOST_NODES];
+  __shared__ T to_z[SHAPLEYCAM_MOST_NODES], to_start[SHAPLEYCAM_MOST_NODES], top[SHAPLEYCAM_MOST_NODES],
+      total[SHAPLEYCAM_MOST_NODES], factor[SHAPLEYCAM_MOST_NODES][kTogether], on_class[kTogether];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int parts = rule.count < kWarps ? kWarps / rule.count : 1, units = rule.count * parts;
+  const T nothing = -static_cast<T>(INFINITY);
+  if (thread < rule.count) {
+    to_z[thread] = rule.to_z[thread];
+    to_start[thread] = rule.to_start[thread];
+  }
+  __syncthreads();
+  for (int64_t n = blockIdx.x; n < images; n += gridDim.x) {
+    const auto z = [&](int64_t k) { return load<T>(in.data, in.dtype, n * in.stride + k); };
+    const auto start = [&](int64_t k) {
+      return in.bias == nullptr ? T(0) : load<T>(in.bias, in.bias_dtype, n * start_stride + k);
+    };
+    // Without a start nothing is added: 0 times an infinite weight of it would be NaN.
+    const auto point = [&](int q, T at_z, T at_start) {
+      return in.bias == nullptr ? to_z[q] * at_z : to_z[q] * at_z + to_start[q] * at_start;
+    };
+    for (int unit = warp; unit < units && utility != SHAPLEYCAM_LOGIT; unit += kWarps) {
+      const int q = unit / parts;
+      const int64_t first = unit % parts * 32 + lane, step = parts * 32;
+      T high = nothing, sum = 0;  // NaN is passed over here: the sum brings it back
+      for (int64_t k = first; k < logits; k += step) {
+        const T x = point(q, z(k), start(k));
+        high = x > high ? x : high;
+      }
+#pragma unroll
+      for (int l = 16; l > 0; l /= 2) {
+        const T other = __shfl_xor_sync(0xffffffffu, high, l);
+        high = other > high ? other : high;
+      }
+      const T from = high == nothing ? T(0) : high;
+      for (int64_t k = first; k < logits; k += step) sum += exp(point(q, z(k), start(k)) - from);
+      sum = warp_sum(sum);
+      if (lane == 0) {
+        part_top[unit] = high;
+        part_total[unit] = sum;
+      }
+    }
+    __syncthreads();
+    if (thread < rule.count && utility != SHAPLEYCAM_LOGIT) {
+      const int begin = thread * parts;
+      T high = nothing, sum = 0;
+      for (int u = begin; u < begin + parts; ++u) high = part_top[u] > high ? part_top[u] : high;
+      const T from = high == nothing ? T(0) : high;
+      for (int u = begin; u < begin + parts; ++u) sum += part_total[u] * exp(part_top[u] - from);
+      top[thread] = high;
+      total[thread] = sum;
+    }
+    __syncthreads();
+    for (int64_t m = 0; m < classes; m += kTogether) {
+      const int together = classes - m < kTogether ? static_cast<int>(classes - m) : kTogether;
+      const int64_t* chosen = targets + n * classes + m;
+      if (warp < together) {
+        const int64_t c = chosen[warp];
+        const bool known = c >= 0 && c < logits;
+        T share = 0;
+        if (lane < rule.count) {
+          share = rule.weight[lane];
+          if (utility == SHAPLEYCAM_PROBABILITY && known) share *= exp(point(lane, z(c), start(c)) - top[lane]) / total[lane];
+          factor[lane][warp] = utility == SHAPLEYCAM_LOGIT ? T(0) : share / total[lane];
+        }
+        share = warp_sum(share);
+        if (lane == 0) on_class[warp] = utility == SHAPLEYCAM_REST ? T(2) * share : share;
+      }
+      __syncthreads();
+      for (int64_t k = threadIdx.x; k < logits; k += kThreads) {
+        T sums[kTogether] = {};
+        if (utility != SHAPLEYCAM_LOGIT) {
+          const T at_z = z(k), at_start = start(k);
+          for (int q = 0; q < rule.count; ++q) {
+            const T e = exp(point(q, at_z, at_start) - top[q]);
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) sums[i] += factor[q][i] * e;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if (i >= together) break;
+          const int64_t c = chosen[i];
+          const T value = k == c ? on_class[i] - sums[i] : -sums[i];
+          rows[(n * classes + m + i) * logits + k] = c < 0 || c >= logits ? static_cast<T>(nan("")) : value;
+        }
+      }
+      __syncthreads();  // the next classes' factors, and the next image's sums
+    }
+  }
+}
+
+template <typename T>
+int32_t launch_integral(const Logits& in, int64_t start_stride, const double* nodes, const double* weights, int32_t count,
+                        const int64_t* targets, int64_t n, int64_t m, int64_t k, int32_t utility, double scale, void* rows,
+                        cudaStream_t stream) {
+  const auto kernel = rows_of_integral<T>;
+  Rule<T> rule = {};
+  rule.count = count;
+  for (int32_t q = 0; q < count; ++q) {
+    rule.to_z[q] = static_cast<T>(nodes[q]);
+    rule.to_start[q] = static_cast<T>(1.0 - nodes[q]);
+    rule.weight[q] = static_cast<T>(weights[q] * scale);
+  }
+  SHAPLEYCAM_LAUNCH(kernel, dim3(grid_extent(n)), kThreads, 0, stream, in, start_stride, rule, targets, n, m, k, utility,
+                    static_cast<T*>(rows));
+  return launched();
+}
+
 // One block to an image and class: the signed map in shared memory, and from there its display form.
 template <typename T, typename Out, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads)
@@ -152,6 +277,19 @@ int32_t shapleycam_utility_rows_cuda(const void* logits, int32_t dtype, int64_t 
   return (out_dtype == SHAPLEYCAM_FLOAT64 ? launch_rows<double> : launch_rows<float>)(in, targets, n, m, k, utility, order,
                                                                                       scale, rows,
                                                                                       static_cast<cudaStream_t>(stream));
+}
+
+int32_t shapleycam_quadrature_rows_cuda(const void* logits, int32_t dtype, int64_t stride, const void* start,
+                                        int32_t start_dtype, int64_t start_stride, const int64_t* targets, int64_t n, int64_t m,
+                                        int64_t k, int32_t utility, const double* nodes, const double* weights, int32_t count,
+                                        double scale, void* rows, int32_t out_dtype, void* stream) {
+  SHAPLEYCAM_RETURN_IF(check_integral(logits, dtype, stride, start, start_dtype, start_stride, targets, n, m, k, utility, nodes,
+                                      weights, count, rows, out_dtype));
+  if (n == 0 || m == 0) return SHAPLEYCAM_OK;
+  const Logits in = {logits, dtype, stride, start, start_dtype};
+  return (out_dtype == SHAPLEYCAM_FLOAT64 ? launch_integral<double>
+                                          : launch_integral<float>)(in, start_stride, nodes, weights, count, targets, n, m, k,
+                                                                    utility, scale, rows, static_cast<cudaStream_t>(stream));
 }
 
 int32_t shapleycam_class_maps_cuda(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c, int64_t m,

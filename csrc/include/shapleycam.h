@@ -35,7 +35,8 @@ typedef enum shapleycam_status {
   SHAPLEYCAM_BAD_ALIGNMENT = 6,   /* a pointer is not aligned to its element, or the workspace not to 16 bytes */
   SHAPLEYCAM_UNSUPPORTED = 7,     /* this build does not implement the call */
   SHAPLEYCAM_LAUNCH_FAILED = 8,   /* CUDA refused the launch: no context, too large a grid, or no code for this chip */
-  SHAPLEYCAM_BAD_UTILITY = 9      /* an unknown utility, or an order that is not 1 or 2 */
+  SHAPLEYCAM_BAD_UTILITY = 9,     /* an unknown utility, or an order that is not 1 or 2 */
+  SHAPLEYCAM_BAD_NODES = 10       /* fewer than 1 or more than SHAPLEYCAM_MOST_NODES nodes */
 } shapleycam_status;
 
 typedef enum shapleycam_dtype {
@@ -63,6 +64,9 @@ typedef enum shapleycam_utility {
   SHAPLEYCAM_LOG_PROBABILITY = 2, /* ln p_c */
   SHAPLEYCAM_REST = 3             /* z_c + ln p_c */
 } shapleycam_utility;
+
+/* Of a quadrature rule. */
+#define SHAPLEYCAM_MOST_NODES 32
 
 /* A strided [N, C, S] view; the extents are passed once per call. */
 typedef struct shapleycam_view {
@@ -122,6 +126,17 @@ SHAPLEYCAM_API int32_t shapleycam_utility_rows_cpu(const void* logits, int32_t d
                                                    int32_t utility, int32_t order, double scale, void* rows, int32_t out_dtype,
                                                    int32_t threads);
 
+/* The same with the gradient integrated along a straight path by a quadrature rule of `count` nodes and weights (read on the
+ * host): rows[n, m, k] = scale sum_q weights[q] U'(nodes[q] z + (1 - nodes[q]) start). `start` is [n, k] of its own dtype,
+ * `start_stride` elements from one row to the next (0 for one row that all images share, such as the head's bias), or null for
+ * zero. One read of the logits tells the maxima and the sums of all softmaxes, a second one, where an image has many, the rows.
+ */
+SHAPLEYCAM_API int32_t shapleycam_quadrature_rows_cpu(const void* logits, int32_t dtype, int64_t stride, const void* start,
+                                                      int32_t start_dtype, int64_t start_stride, const int64_t* targets,
+                                                      int64_t n, int64_t m, int64_t k, int32_t utility, const double* nodes,
+                                                      const double* weights, int32_t count, double scale, void* rows,
+                                                      int32_t out_dtype, int32_t threads);
+
 /* channel_weighted_sum and display_map in one: raw[n, m, from...] as the former, maps[n, m, to...] as the latter makes of it.
  * The workspace is that of channel_weighted_sum with s = from[0] from[1] from[2]. */
 SHAPLEYCAM_API int32_t shapleycam_class_maps_cpu(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c,
@@ -158,6 +173,12 @@ SHAPLEYCAM_API int32_t shapleycam_utility_rows_cuda(const void* logits, int32_t 
                                                     int32_t bias_dtype, const int64_t* targets, int64_t n, int64_t m, int64_t k,
                                                     int32_t utility, int32_t order, double scale, void* rows, int32_t out_dtype,
                                                     void* stream);
+
+SHAPLEYCAM_API int32_t shapleycam_quadrature_rows_cuda(const void* logits, int32_t dtype, int64_t stride, const void* start,
+                                                       int32_t start_dtype, int64_t start_stride, const int64_t* targets,
+                                                       int64_t n, int64_t m, int64_t k, int32_t utility, const double* nodes,
+                                                       const double* weights, int32_t count, double scale, void* rows,
+                                                       int32_t out_dtype, void* stream);
 
 /* One launch where the activations of an image are small or the images many, else as many as its two parts. */
 SHAPLEYCAM_API int32_t shapleycam_class_maps_cuda(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c,

@@ -14,6 +14,7 @@ cuda_operators: list[str]
 dtypes: dict[str, int]
 poolings: dict[str, int]
 utilities: dict[str, int]
+most_nodes: int
 
 def status_text(status: int) -> str: ...
 def cpu_variant() -> str: ...
@@ -104,6 +105,44 @@ def utility_rows_cuda(
     k: int,
     utility: int,
     order: int,
+    scale: float,
+    rows: int,
+    out_dtype: int,
+    stream: int,
+) -> int: ...
+def quadrature_rows_cpu(
+    logits: int,
+    dtype: int,
+    stride: int,
+    start: int,
+    start_dtype: int,
+    start_stride: int,
+    targets: int,
+    n: int,
+    m: int,
+    k: int,
+    utility: int,
+    nodes: list[float],
+    weights: list[float],
+    scale: float,
+    rows: int,
+    out_dtype: int,
+    threads: int,
+) -> int: ...
+def quadrature_rows_cuda(
+    logits: int,
+    dtype: int,
+    stride: int,
+    start: int,
+    start_dtype: int,
+    start_stride: int,
+    targets: int,
+    n: int,
+    m: int,
+    k: int,
+    utility: int,
+    nodes: list[float],
+    weights: list[float],
     scale: float,
     rows: int,
     out_dtype: int,

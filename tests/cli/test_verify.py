@@ -29,6 +29,7 @@ def test_our_kernels_pass(capsys):
         "weighted_reduce plusplus",
         "channel_weighted_sum",
         "utility_rows",
+        "quadrature_rows",
         "class_maps",
         "display_map",
         "overlay",

@@ -101,6 +101,12 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         bias = empty(k, dtype=dtype) if biased else None
         kernels.utility_rows(empty(2, k, dtype=dtype), targets, bias, utility, order, 0.5, out)
 
+    def integrals(dtype: torch.dtype, k: int, classes: int, start: str, utility: str, count: int) -> None:
+        targets, out = empty(2, classes, dtype=torch.int64), empty(2, classes, k, dtype=accumulator(dtype))
+        base = {"zero": None, "bias": empty(1, k, dtype=dtype).expand(2, k), "base": empty(2, k, dtype=dtype)}[start]
+        rule, code = [1 / count] * count, UTILITIES.index(utility)
+        kernels.quadrature_rows(empty(2, k, dtype=dtype), targets, base, code, 0.5, rule, rule, out)
+
     def maps(view: str, dtype: torch.dtype, out: torch.dtype | None, renormalize: bool, deep: bool, classes: int) -> None:
         a = stand_in(view, dtype)
         (n, c, s), acc = a.shape, accumulator(dtype)
@@ -134,6 +140,12 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield "utility_rows", lambda: rows(torch.float32, 1000, 1, biased, utility, order)
     for dtype, (k, classes) in itertools.product(FLOATS, ((1000, 5), (1024, 16), (7, 1))):
         yield "utility_rows", lambda: rows(dtype, k, classes, True, UTILITIES.index("rest"), 2)
+    for utility, start in itertools.product(UTILITIES, ("zero", "bias", "base")):
+        yield "quadrature_rows", lambda: integrals(torch.float32, 1000, 1, start, utility, 4)
+    for dtype, count in itertools.product(FLOATS, (1, 2, 4, 8, 16, 32)):
+        yield "quadrature_rows", lambda: integrals(dtype, 1000, 1, "bias", "rest", count)
+    for dtype, (k, classes) in itertools.product(FLOATS, ((1024, 16), (7, 1))):
+        yield "quadrature_rows", lambda: integrals(dtype, k, classes, "base", "probability", 3)
     for dtype, view in itertools.product(FLOATS, ("odd first", "odd last")):
         yield "class_maps", lambda: maps(view, dtype, None, True, False, 1)
     for out, renormalize, deep in itertools.product(outs, yes_no, yes_no):

@@ -328,6 +328,65 @@ void rows() {
          out);
 }
 
+void integrals() {
+  int64_t n = draw(0, 4), m = draw(0, 6), k = draw(1, 600), stride = k + (chance(30) ? draw(1, 5) : 0), start_stride = k;
+  if (chance(20)) stride = 0;
+  if (chance(40)) start_stride = chance(50) ? 0 : k + draw(1, 5);
+  int32_t dtype = static_cast<int32_t>(draw(0, 3)), start_dtype = static_cast<int32_t>(draw(0, 3));
+  int32_t out_dtype = dtype == SHAPLEYCAM_FLOAT64 ? 1 : 0, utility = static_cast<int32_t>(draw(0, 3));
+  int32_t nodes = static_cast<int32_t>(chance(20) ? SHAPLEYCAM_MOST_NODES : draw(1, SHAPLEYCAM_MOST_NODES));
+  const auto rows_of = [&](int64_t step) { return static_cast<size_t>(n > 0 ? (n - 1) * step + k : 0); };
+  Buffer logits(rows_of(stride) * bytes_of(dtype)), start(rows_of(start_stride) * bytes_of(start_dtype));
+  Buffer out(static_cast<size_t>(n * m * k) * bytes_of(out_dtype), 0xA5);
+  std::vector<double> places(static_cast<size_t>(nodes), 0.5), parts(static_cast<size_t>(nodes), 1.0 / nodes);
+  std::vector<int64_t> targets(static_cast<size_t>(n * m));
+  for (int64_t& target : targets) target = chance(20) ? kAbsurd[draw(0, 3)] : draw(0, k - 1);
+  const void *z = logits.data.get(), *s = chance(70) ? start.data.get() : nullptr;
+  const double *t = places.data(), *w = parts.data();
+  void* to = out.data.get();
+  const bool empty = n == 0 || m == 0;
+  bool good = true;
+  switch (chance(50) ? draw(0, 6) : -1) {
+    case 0:
+      (chance(50) ? n : k) = kAbsurd[draw(0, 1)];
+      good = false;
+      break;
+    case 1:
+      utility = chance(50) ? -1 : 4;
+      good = false;
+      break;
+    case 2:
+      nodes = chance(50) ? 0 : SHAPLEYCAM_MOST_NODES + 1;
+      good = false;
+      break;
+    case 3:
+      (chance(50) ? t : w) = nullptr;
+      good = false;
+      break;
+    case 4:
+      (chance(50) ? stride : start_stride) = -1;
+      good = false;
+      break;
+    case 5:
+      z = nullptr;
+      good = empty;
+      break;
+    case 6:
+      to = nullptr;
+      good = empty;
+      break;
+    default:
+      break;
+  }
+  const int32_t threads = static_cast<int32_t>(draw(0, 3));
+  expect("quadrature_rows", good,
+         on_cuda() ? shapleycam_quadrature_rows_cuda(z, dtype, stride, s, start_dtype, start_stride, targets.data(), n, m, k,
+                                                     utility, t, w, nodes, 0.5, to, out_dtype, nullptr)
+                   : shapleycam_quadrature_rows_cpu(z, dtype, stride, s, start_dtype, start_stride, targets.data(), n, m, k,
+                                                    utility, t, w, nodes, 0.5, to, out_dtype, threads),
+         out);
+}
+
 void maps() {
   int64_t n = draw(0, 3), c = draw(1, 40), m = draw(0, 3), from[3], to[3], s = 1, shown = 1;
   for (int i = 0; i < 3; ++i) {
@@ -423,6 +482,7 @@ int main(int count, char** arguments) {
     display();
     overlay();
     rows();
+    integrals();
     maps();
   }
   std::printf("%ld rounds, %d failures, %s\n", rounds, failures, shapleycam_cpu_variant());

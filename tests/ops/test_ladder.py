@@ -163,6 +163,7 @@ def test_enums_are_the_same_everywhere():
     native, kernels = native_module(), pytest.importorskip("shapleycam.kernels")
     assert native.poolings == {name: code for code, name in enumerate(shared.POOLINGS)}
     assert native.utilities == {name: code for code, name in enumerate(shared.UTILITIES)}
+    assert native.most_nodes == shared.MOST_NODES
     assert set(native.dtypes) == {*(str(dtype)[6:] for dtype in shared.DTYPES), "uint8"}
     header = (Path(__file__).parents[2] / "csrc" / "include" / "shapleycam.h").read_text(encoding="utf-8")
     declared = {name: int(code) for name, code in re.findall(r"\b(SHAPLEYCAM_\w+) = (\d+)", header)}

@@ -20,6 +20,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def unit_rows(matrix: Tensor) -> Tensor:
+    """``matrix`` [N, K], copied where neighbours in a row are none in memory; one row that all share stays one."""
+    if matrix.stride(1) == 1:
+        return matrix
+    return matrix[:1].contiguous().expand_as(matrix) if matrix.stride(0) == 0 else matrix.contiguous()
+
+
 def check_floating(name: str, tensor: Tensor, operator: str) -> None:
     """Raise InputError unless ``tensor`` is a tensor of a dtype in DTYPES."""
     if not isinstance(tensor, Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ..colormaps import table_of
-from ..shared import DTYPES, accumulator
+from ..shared import DTYPES, accumulator, unit_rows
 from .base import Backend, BackendStatus, Call
 
 Described = tuple[int, int, int, int, int]
@@ -134,6 +134,27 @@ class Compiled(Backend):
             self._module.utilities[utility], order, scale, out.data_ptr(), self._codes[out.dtype], self.queue(logits),
         )  # fmt: skip
         self._finish(status, f"utility_rows ({utility})", logits, targets, bias)
+
+    def quadrature_rows(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        start: Tensor | None,
+        utility: str,
+        scale: float,
+        nodes: Sequence[float],
+        weights: Sequence[float],
+        out: Tensor,
+    ) -> None:
+        """Fill ``out`` [N, M, K]."""
+        logits, start, targets = unit_rows(logits), None if start is None else unit_rows(start), targets.contiguous()
+        (n, k), m = logits.shape, targets.shape[1]
+        at, code, step = (0, 0, 0) if start is None else (start.data_ptr(), self._codes[start.dtype], start.stride(0))
+        status = self._functions["quadrature_rows"](
+            logits.data_ptr(), self._codes[logits.dtype], logits.stride(0), at, code, step, targets.data_ptr(), n, m, k,
+            self._module.utilities[utility], nodes, weights, scale, out.data_ptr(), self._codes[out.dtype], self.queue(logits),
+        )  # fmt: skip
+        self._finish(status, f"quadrature_rows ({utility})", logits, targets, start)
 
     def class_maps(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..colormaps import table_of
-from ..shared import UTILITIES, accumulator
+from ..shared import UTILITIES, accumulator, unit_rows
 from .base import Backend, BackendStatus, Call
 from .cuda import cuda_device_present
 
@@ -84,6 +84,21 @@ class Triton(Backend):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         bias = None if bias is None else bias.contiguous()
         self._kernels.utility_rows(logits, targets.contiguous(), bias, UTILITIES.index(utility), order, scale, out)
+
+    def quadrature_rows(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        start: Tensor | None,
+        utility: str,
+        scale: float,
+        nodes: Sequence[float],
+        weights: Sequence[float],
+        out: Tensor,
+    ) -> None:
+        """Fill ``out`` [N, M, K]."""
+        logits, start = unit_rows(logits), None if start is None else unit_rows(start)
+        self._kernels.quadrature_rows(logits, targets.contiguous(), start, UTILITIES.index(utility), scale, nodes, weights, out)
 
     def class_maps(
         self,
