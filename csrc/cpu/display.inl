@@ -1,24 +1,11 @@
-// display_map and overlay for one image, compiled once per instruction set (included by rows.inl).
+// display_map and overlay for one image, compiled once per instruction set.
+#pragma once
+
+#include "../display.h"
+#include "load.inl"
 
 namespace shapleycam {
 namespace SHAPLEYCAM_ARCH {
-
-// Half-pixel centres: where output position i of an axis reads, and how far between its two neighbours.
-template <typename T>
-struct Place {
-  int64_t low, high;
-  T weight;
-};
-
-template <typename T>
-inline Place<T> place(int64_t i, int64_t from, int64_t to) {
-  const T scale = static_cast<T>(from) / static_cast<T>(to);
-  T x = scale * (static_cast<T>(i) + T(0.5)) - T(0.5);
-  if (x < T(0)) x = T(0);
-  int64_t low = static_cast<int64_t>(x);
-  if (low > from - 1) low = from - 1;
-  return {low, low + (low < from - 1 ? 1 : 0), x - static_cast<T>(low)};
-}
 
 // The extent of a map, with NaN if any value is.
 template <typename T>
@@ -35,18 +22,6 @@ struct Extent {
     if (unknown) low = high = static_cast<T>(__builtin_nan(""));
   }
 };
-
-// The volatile keeps the compiler, which may reassociate here, from (1e-7 + high) - low: that is 0 for a constant map.
-template <typename T>
-inline T divisor_of(const Extent<T>& extent) {
-  const volatile T range = extent.high - extent.low;
-  return T(1e-7) + range;
-}
-
-template <typename T>
-inline T between(T a, T b, T weight) {
-  return (T(1) - weight) * a + weight * b;
-}
 
 inline uint16_t narrow_float16(float x) {
   uint32_t bits;
@@ -66,43 +41,20 @@ inline uint16_t narrow_float16(float x) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 }
 
-// The resized map is linear between two neighbours of the raw one, along every axis; so on the positions that fall between them
-// it is extreme at the first or the last. Some (2 from)^2 positions tell the extent of to^2: how many of an axis, and which.
-inline int64_t extremes(int64_t from, int64_t to) { return 2 * from < to ? 2 * from : to; }
-
-// The first position that reads at or beyond `low`, or `to`.
-template <typename T>
-inline int64_t first_reaching(int64_t low, int64_t from, int64_t to) {
-  if (low >= from) return to;
-  int64_t i = static_cast<int64_t>((static_cast<T>(low) + T(0.5)) / (static_cast<T>(from) / static_cast<T>(to)) - T(0.5));
-  i = i < 0 ? 0 : (i < to ? i : to);
-  // Rounding may have put the guess off by a step.
-  while (i > 0 && place<T>(i - 1, from, to).low >= low) --i;
-  while (i < to && place<T>(i, from, to).low < low) ++i;
-  return i;
-}
-
-template <typename T>
-inline int64_t extreme(int64_t q, int64_t from, int64_t to) {
-  if (extremes(from, to) == to) return q;
-  const int64_t i = first_reaching<T>(q / 2 + q % 2, from, to) - q % 2;
-  return i < 0 ? 0 : (i < to ? i : to - 1);
-}
-
 // Resizes along the rows at counts[0] x counts[1] x counts[2] positions, which position(axis, q) names, and hands every run of
 // a row, of up to kBlock values, to body(offset, length, values).
 template <typename T, typename Position, typename Body>
-inline void resize(const DisplayTask& t, T low, T scale, const int64_t (&counts)[3], Position position, Body body) {
+inline void resize(const T* raw, const Axis<T> (&axes)[3], T low, T divisor, const int64_t (&counts)[3], Position position,
+                   Body body) {
   alignas(64) T raised[kBlock + 1], line[kBlock], weights[kBlock];
   int64_t cell[kBlock], start[kBlock + 1];
-  const T* raw = static_cast<const T*>(t.raw);
-  const int64_t width = t.from[2], plane = t.from[1] * width;
+  const int64_t width = axes[2].from, plane = axes[1].from * width;
   for (int64_t x0 = 0; x0 < counts[2]; x0 += kBlock) {
     const int64_t length = counts[2] - x0 < kBlock ? counts[2] - x0 : kBlock;
     // Neighbouring positions read the same two values: a run of them is a loop without gathers.
     int64_t runs = 0;
     for (int64_t i = 0; i < length; ++i) {
-      const Place<T> px = place<T>(position(2, x0 + i), width, t.to[2]);
+      const Place<T> px = place(position(2, x0 + i), axes[2]);
       weights[i] = px.weight;
       if (runs == 0 || cell[runs - 1] != px.low) {
         cell[runs] = px.low;
@@ -111,14 +63,14 @@ inline void resize(const DisplayTask& t, T low, T scale, const int64_t (&counts)
     }
     start[runs] = length;
     for (int64_t z = 0; z < counts[0]; ++z) {
-      const Place<T> pz = place<T>(position(0, z), t.from[0], t.to[0]);
+      const Place<T> pz = place(position(0, z), axes[0]);
       for (int64_t y = 0; y < counts[1]; ++y) {
-        const Place<T> py = place<T>(position(1, y), t.from[1], t.to[1]);
+        const Place<T> py = place(position(1, y), axes[1]);
         const T* r[4] = {raw + pz.low * plane + py.low * width, raw + pz.low * plane + py.high * width,
                          raw + pz.high * plane + py.low * width, raw + pz.high * plane + py.high * width};
-        const bool flat = t.from[0] == 1;
+        const bool flat = axes[0].from == 1;
         const auto at = [&](int64_t x) {
-          const auto unit = [&](const T* row) { return (positive(row[x]) - low) / scale; };
+          const auto unit = [&](const T* row) { return unit_of(row[x], low, divisor); };
           const T near = between(unit(r[0]), unit(r[1]), py.weight);
           return flat ? near : between(near, between(unit(r[2]), unit(r[3]), py.weight), pz.weight);
         };
@@ -145,42 +97,35 @@ void display(const DisplayTask& t) {
   Extent<T> extent(positive(raw[0]));
   for (int64_t i = 0; i < count; ++i) extent.add(positive(raw[i]));
   extent.settle();
-  const T low = extent.low, scale = divisor_of(extent);
-  T low2 = 0, scale2 = 1;
+  const Axis<T> axes[3] = {axis_of<T>(t.from[0], t.to[0]), axis_of<T>(t.from[1], t.to[1]), axis_of<T>(t.from[2], t.to[2])};
+  const T low = extent.low, divisor = divisor_of(extent.low, extent.high);
+  T low2 = 0, divisor2 = 1;
   if (t.renormalize) {
     int64_t some[3];
-    for (int axis = 0; axis < 3; ++axis) some[axis] = extremes(t.from[axis], t.to[axis]);
+    for (int axis = 0; axis < 3; ++axis) some[axis] = extremes(axes[axis]);
     bool empty = true;
     Extent<T> all(0);
-    const auto where = [&](int axis, int64_t q) { return extreme<T>(q, t.from[axis], t.to[axis]); };
-    resize(t, low, scale, some, where, [&](int64_t, int64_t length, const T* line) {
+    const auto where = [&](int axis, int64_t q) { return extreme(q, axes[axis]); };
+    resize(raw, axes, low, divisor, some, where, [&](int64_t, int64_t length, const T* line) {
       if (empty) all = Extent<T>(line[0]);
       empty = false;
       for (int64_t i = 0; i < length; ++i) all.add(line[i]);
     });
     all.settle();
     low2 = all.low;
-    scale2 = divisor_of(all);
+    divisor2 = divisor_of(all.low, all.high);
   }
   const auto everywhere = [](int, int64_t q) { return q; };
-  resize(t, low, scale, t.to, everywhere, [&](int64_t offset, int64_t length, T* line) {
+  resize(raw, axes, low, divisor, t.to, everywhere, [&](int64_t offset, int64_t length, T* line) {
     if (t.renormalize) {
-      // Rounding may carry a value a step beyond the extremes; NaN stays.
-      for (int64_t i = 0; i < length; ++i) {
-        const T value = (line[i] - low2) / scale2;
-        line[i] = value < T(0) ? T(0) : (value > T(1) ? T(1) : value);
-      }
+      for (int64_t i = 0; i < length; ++i) line[i] = renormalized(line[i], low2, divisor2);
     }
     if (t.out_dtype == SHAPLEYCAM_FLOAT16) {
       uint16_t* out = static_cast<uint16_t*>(t.out) + offset;
       for (int64_t i = 0; i < length; ++i) out[i] = narrow_float16(static_cast<float>(line[i]));
     } else if (t.out_dtype == SHAPLEYCAM_UINT8) {
       uint8_t* out = static_cast<uint8_t*>(t.out) + offset;
-      for (int64_t i = 0; i < length; ++i) {
-        // NaN becomes 0: a byte cannot say it.
-        const T scaled = line[i] > T(0) ? line[i] * T(255) : T(0);
-        out[i] = static_cast<uint8_t>(static_cast<int32_t>(__builtin_rint(scaled < T(255) ? scaled : T(255))));
-      }
+      for (int64_t i = 0; i < length; ++i) out[i] = byte_of(line[i]);
     } else {
       T* out = static_cast<T*>(t.out) + offset;
       for (int64_t i = 0; i < length; ++i) out[i] = line[i];
@@ -190,24 +135,18 @@ void display(const DisplayTask& t) {
 
 template <typename Element, typename Widen>
 void overlay_image(const OverlayTask& t, const Element* image, Widen widen) {
-  const float keep = 1.0f - t.alpha;
   for (int64_t y = 0; y < t.height; ++y) {
     for (int64_t x = 0; x < t.width; ++x) {
       const float heat = t.heat[y * t.width + x];
       uint8_t* to = t.out + (y * t.width + x) * 3;
       if (!(heat - heat == 0.0f)) {
-        to[0] = 255;
-        to[1] = 0;
-        to[2] = 255;
+        mark_unknown(to);
         continue;
       }
-      const float unit = heat < 0.0f ? 0.0f : (heat > 1.0f ? 1.0f : heat);
-      const uint8_t* colour = t.table + 3 * static_cast<int64_t>(__builtin_rintf(unit * 255.0f));
+      const uint8_t* colour = t.table + 3 * colour_of(heat);
       for (int64_t c = 0; c < 3; ++c) {
-        float base = widen(image[c * t.stride_c + y * t.stride_h + x * t.stride_w]) * t.scale[c] + t.shift[c];
-        base = base < 0.0f ? 0.0f : (base > 1.0f ? 1.0f : base);
-        const float mixed = (keep * base + t.alpha * (static_cast<float>(colour[c]) / 255.0f)) * 255.0f;
-        to[c] = mixed > 0.0f ? static_cast<uint8_t>(__builtin_rintf(mixed < 255.0f ? mixed : 255.0f)) : 0;
+        const float base = widen(image[c * t.stride_c + y * t.stride_h + x * t.stride_w]) * t.scale[c] + t.shift[c];
+        to[c] = blended(base, colour[c], t.alpha);
       }
     }
   }

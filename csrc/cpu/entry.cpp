@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "../checks.h"
+#include "../pooling.h"
 #include "parallel.h"
 #include "task.h"
 
@@ -23,10 +24,10 @@ const Kernels& choose() {
   return baseline_kernels();
 }
 
-// How many pieces an image's channels are cut into. It depends on the extents alone, so that results do not depend on the
-// number of threads: enough pieces for eight workers, at least 64 channels in each, at most kBlock.
-int64_t pieces_of(int64_t n, int64_t c) {
-  const int64_t least = (c + kBlock - 1) / kBlock;
+// How many pieces an image's channels are cut into. It depends on extents and layout alone, so that results do not depend on
+// the number of threads: enough pieces for eight workers, at least 64 channels in each, at most as many as the layout allows.
+int64_t pieces_of(int64_t n, int64_t c, int64_t most_channels) {
+  const int64_t least = (c + most_channels - 1) / most_channels;
   const int64_t wanted = n >= 8 ? 1 : (8 + n - 1) / (n > 0 ? n : 1);
   const int64_t most = c / 64 > 1 ? c / 64 : 1;
   const int64_t pieces = wanted < most ? wanted : most;
@@ -42,14 +43,14 @@ struct Split {
   }
 };
 
-Split split_of(int64_t n, int64_t c) {
-  const int64_t size = (c + pieces_of(n, c) - 1) / pieces_of(n, c);
+Split split_of(int64_t n, int64_t c, bool last) {
+  const int64_t pieces = pieces_of(n, c, last ? kBlock : kMostAdded), size = (c + pieces - 1) / pieces;
   return {(c + size - 1) / size, size};
 }
 
 size_t partial_bytes(int64_t n, int64_t c, int64_t s, int64_t m) {
   if (n == 0 || check_extents(n, c, s, m) != SHAPLEYCAM_OK) return 0;
-  const int64_t pieces = split_of(n, c).pieces;
+  const int64_t pieces = split_of(n, c, false).pieces;  // the more of both layouts, which is not known yet
   int64_t bytes = 0;
   if (pieces == 1) return 0;
   if (overflows(n * pieces, m, &bytes) || overflows(bytes, s * 8, &bytes)) return SIZE_MAX;
@@ -110,7 +111,7 @@ int32_t shapleycam_weighted_reduce_cpu(const shapleycam_view* activations, const
   if (n == 0) return SHAPLEYCAM_OK;
   const bool wide = out_dtype == SHAPLEYCAM_FLOAT64;
   const int64_t element = wide ? 8 : 4;
-  const Split split = split_of(n, c);
+  const Split split = split_of(n, c, channels_last(activations));
   char* parts = static_cast<char*>(split.pieces == 1 ? out : workspace);
   const Kernels& use = kernels();
   const shapleycam_view none = {nullptr, SHAPLEYCAM_FLOAT32, 0, 0, 0};
@@ -149,7 +150,7 @@ int32_t shapleycam_channel_weighted_sum_cpu(const shapleycam_view* activations, 
   if (n == 0 || m == 0) return SHAPLEYCAM_OK;
   const bool wide = out_dtype == SHAPLEYCAM_FLOAT64;
   const int64_t element = wide ? 8 : 4;
-  const Split split = split_of(n, c);
+  const Split split = split_of(n, c, channels_last(activations));
   char* parts = static_cast<char*>(split.pieces == 1 ? out : workspace);
   const Kernels& use = kernels();
   const int64_t bytes = n * c * s * static_cast<int64_t>(element_size(activations->dtype));

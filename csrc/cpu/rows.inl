@@ -1,132 +1,98 @@
-// The arithmetic of every row, written for the compiler's vectoriser and compiled once per instruction set.
+// weighted_reduce and channel_weighted_sum of one task, written for the compiler's vectoriser and compiled once per instruction
+// set.
 //
 // Included with SHAPLEYCAM_ARCH set to a namespace of its own. Nothing here may instantiate a template of the standard library:
 // the linker could then hand code compiled for AVX-512 to a machine without it.
+#pragma once
 
-#if defined(SHAPLEYCAM_INTRINSICS)
-#include "avx512.inl"
-#endif
+#include "../pooling.h"
+#include "load.inl"
 
 namespace shapleycam {
 namespace SHAPLEYCAM_ARCH {
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
+// Positions whose terms are added in float32 before the sum is put by in float64: each rounds to a part of what the sum has
+// become, so that 12544 equal terms, added one to the other, were seen to be off by 1e-4 of it.
+constexpr int64_t kTogether = 128;
 
-inline float widen_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
-
-inline float widen_float16(uint16_t x) {
-  // Shifting the exponent into place and scaling by 2^112 is exact for normal and subnormal numbers alike.
-  const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
-  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
-  const float scaled = from_bits(magnitude) * from_bits(0x77800000u);
-  uint32_t bits;
-  __builtin_memcpy(&bits, &scaled, 4);
-  bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits;  // Inf and NaN keep their payload
-  return from_bits(bits | sign);
-}
-
-// A run of `count` elements of a view as T, in place where it already is that, else converted into `scratch`.
-template <typename T, typename S, typename Widen>
-inline const T* convert(const S* source, int64_t count, int64_t stride, T* scratch, Widen widen) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) scratch[i] = static_cast<T>(widen(source[i]));
-  } else if (stride == 0) {
-    const T value = static_cast<T>(widen(source[0]));
-    for (int64_t i = 0; i < count; ++i) scratch[i] = value;
-  } else {
-    for (int64_t i = 0; i < count; ++i) scratch[i] = static_cast<T>(widen(source[i * stride]));
-  }
-  return scratch;
-}
-
+// Adds the parts to their totals, and starts them anew.
 template <typename T>
-inline const T* load(const shapleycam_view& view, int64_t offset, int64_t count, int64_t stride, T* scratch) {
-  const auto same = [](auto x) { return x; };
-  switch (view.dtype) {
-    case SHAPLEYCAM_FLOAT32: {
-      const float* p = static_cast<const float*>(view.data) + offset;
-      if constexpr (sizeof(T) == 4) {
-        if (stride == 1) return p;
-      }
-      return convert(p, count, stride, scratch, same);
+inline void put_by(double* total, T* part, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+  for (int64_t i = 0; i < count; ++i) part[i] = 0;
+}
+
+// Whether the parts are to be put by after position s.
+inline bool full(int64_t s, int64_t positions) { return s % kTogether == kTogether - 1 || s == positions - 1; }
+
+// Calls body(Row<row>{}) in the rows that pool.
+template <typename Body>
+inline void with_pooling_row(int32_t row, Body body) {
+  if (row == SHAPLEYCAM_MEAN) return body(Row<SHAPLEYCAM_MEAN>{});
+  if (row == SHAPLEYCAM_ACTIVATION) return body(Row<SHAPLEYCAM_ACTIVATION>{});
+  body(Row<SHAPLEYCAM_PLUSPLUS>{});
+}
+
+// Calls body(Row<row>{}), with kGiven for all rows whose weight is one number per channel: once it is known they are alike.
+template <typename Body>
+inline void with_map_row(int32_t row, Body body) {
+  if (row == SHAPLEYCAM_ELEMENTWISE) return body(Row<SHAPLEYCAM_ELEMENTWISE>{});
+  if (row == SHAPLEYCAM_ELEMENTWISE_RELU) return body(Row<SHAPLEYCAM_ELEMENTWISE_RELU>{});
+  if (row == SHAPLEYCAM_POSITIVE_GRADIENT) return body(Row<SHAPLEYCAM_POSITIVE_GRADIENT>{});
+  body(Row<kGiven>{});
+}
+
+// Adds one run of positions to the sums of one channel. Without a Hessian-vector product `h` points at zeros, here and below,
+// so that every row has one loop. `a` is read in "activation" only.
+template <typename T>
+inline void pool_positions(int32_t row, const T* a, const T* g, const T* h, int64_t count, double& sum, double& activations) {
+  with_pooling_row(row, [&](auto which) {
+    constexpr int kRow = decltype(which)::value;
+    constexpr bool kSums = kRow == SHAPLEYCAM_ACTIVATION;
+    T part = 0, part_of_a = kSums ? T(0) : static_cast<T>(activations);
+    for (int64_t i = 0; i < count; ++i) pool<kRow>(weight(g[i], h[i]), kSums ? a[i] : T(0), part, part_of_a);
+    sum += part;
+    if (kSums) activations += part_of_a;
+  });
+}
+
+// Adds one position to the sums of a run of channels.
+template <typename T>
+inline void pool_channels(int32_t row, const T* a, const T* g, const T* h, int64_t count, T* sum, T* activations) {
+  with_pooling_row(row, [&](auto which) {
+    constexpr int kRow = decltype(which)::value;
+    for (int64_t i = 0; i < count; ++i) {
+      pool<kRow>(weight(g[i], h[i]), kRow == SHAPLEYCAM_ACTIVATION ? a[i] : T(0), sum[i], activations[i]);
     }
-    case SHAPLEYCAM_FLOAT64: {
-      const double* p = static_cast<const double*>(view.data) + offset;
-      if constexpr (sizeof(T) == 8) {
-        if (stride == 1) return p;
-      }
-      return convert(p, count, stride, scratch, same);
-    }
-    case SHAPLEYCAM_FLOAT16:
-      return convert(static_cast<const uint16_t*>(view.data) + offset, count, stride, scratch, widen_float16);
-    default:
-      return convert(static_cast<const uint16_t*>(view.data) + offset, count, stride, scratch, widen_bfloat16);
-  }
+  });
 }
 
-// max(x, 0) that keeps NaN.
+// Adds one run of positions of one channel, whose weight is known in the rows that have one, to the map.
 template <typename T>
-inline T positive(T x) {
-  return x < T(0) ? T(0) : x;
-}
-
-template <typename T>
-inline T plusplus_term(T w, T sum) {
-  const T square = w * w;
-  const T ratio = square / (T(2) * square + square * w * sum + T(1e-6));
-  return w == T(0) ? T(0) : positive(w) * ratio;
-}
-
-// Without a Hessian-vector product `h` points at zeros, so that every row has one loop.
-template <typename T>
-inline T weight(const T* g, const T* h, int64_t i) {
-  return g[i] - T(0.5) * h[i];
-}
-
-// Adds one run of positions of one channel, whose channel weight is known, to the map.
-template <typename T>
-inline void accumulate(int32_t pooling, T* out, const T* a, const T* g, const T* h, T alpha, int64_t count) {
-  switch (pooling) {
-    case SHAPLEYCAM_ELEMENTWISE:
-      for (int64_t i = 0; i < count; ++i) out[i] += weight(g, h, i) * a[i];
-      break;
-    case SHAPLEYCAM_ELEMENTWISE_RELU:
-      for (int64_t i = 0; i < count; ++i) out[i] += positive(weight(g, h, i) * a[i]);
-      break;
-    case SHAPLEYCAM_POSITIVE_GRADIENT:
-      for (int64_t i = 0; i < count; ++i) out[i] += positive(weight(g, h, i)) * a[i];
-      break;
-    default:
+inline void accumulate(int32_t row, T* out, const T* a, const T* g, const T* h, T alpha, int64_t count) {
+  with_map_row(row, [&](auto which) {
+    constexpr int kRow = decltype(which)::value;
+    if constexpr (kRow == kGiven) {
       for (int64_t i = 0; i < count; ++i) out[i] += alpha * a[i];
-  }
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] += term<kRow>(weight(g[i], h[i]), a[i]);
+    }
+  });
 }
 
 // The map's value at one position from a run of channels.
 template <typename T>
-inline T dot(int32_t pooling, const T* a, const T* g, const T* h, const T* alpha, int64_t count) {
+inline T dot(int32_t row, const T* a, const T* g, const T* h, const T* alpha, int64_t count) {
   T sum = 0;
-  switch (pooling) {
-    case SHAPLEYCAM_ELEMENTWISE:
-      for (int64_t i = 0; i < count; ++i) sum += weight(g, h, i) * a[i];
-      break;
-    case SHAPLEYCAM_ELEMENTWISE_RELU:
-      for (int64_t i = 0; i < count; ++i) sum += positive(weight(g, h, i) * a[i]);
-      break;
-    case SHAPLEYCAM_POSITIVE_GRADIENT:
-      for (int64_t i = 0; i < count; ++i) sum += positive(weight(g, h, i)) * a[i];
-      break;
-    default:
+  with_map_row(row, [&](auto which) {
+    constexpr int kRow = decltype(which)::value;
+    if constexpr (kRow == kGiven) {
       for (int64_t i = 0; i < count; ++i) sum += alpha[i] * a[i];
-  }
+    } else {
+      for (int64_t i = 0; i < count; ++i) sum += term<kRow>(weight(g[i], h[i]), a[i]);
+    }
+  });
   return sum;
-}
-
-inline bool needs_weight(int32_t pooling) {
-  return pooling == SHAPLEYCAM_ELEMENTWISE || pooling == SHAPLEYCAM_ELEMENTWISE_RELU || pooling == SHAPLEYCAM_POSITIVE_GRADIENT;
 }
 
 template <typename T>
@@ -139,11 +105,28 @@ inline const T* load_h(const ReduceTask& t, int64_t offset, int64_t count, int64
   return t.h.data == nullptr ? scratch.zeros : load(t.h, offset, count, stride, scratch.h);
 }
 
+// The weights of channels from their sums.
+template <typename T>
+inline void channel_weights(int32_t row, const double* sums, const double* activations, int64_t positions, int64_t count,
+                            T* alpha) {
+  with_pooling_row(row, [&](auto which) {
+    constexpr int kRow = decltype(which)::value;
+    for (int64_t i = 0; i < count; ++i) {
+      alpha[i] = channel_weight<kRow>(static_cast<T>(sums[i]),
+                                      kRow == SHAPLEYCAM_ACTIVATION ? static_cast<T>(activations[i]) : T(0), positions);
+    }
+  });
+}
+
 // Channels first: one channel after the other, each a run of positions.
 template <typename T>
 void reduce_channels_first(const ReduceTask& t, Scratch<T>& scratch) {
   T* out = static_cast<T*>(t.out);
   const int64_t positions = t.positions;
+  const bool pooled = pools(t.pooling), reads_a = t.pooling == SHAPLEYCAM_ACTIVATION;
+  const auto every_run = [&](auto body) {
+    for (int64_t s = 0; s < positions; s += kBlock) body(s, positions - s < kBlock ? positions - s : kBlock);
+  };
   for (int64_t c = t.first; c < t.first + t.channels; ++c) {
     const int64_t oa = t.image * t.a.stride_n + c * t.a.stride_c;
     const int64_t og = t.image * t.g.stride_n + c * t.g.stride_c;
@@ -151,116 +134,79 @@ void reduce_channels_first(const ReduceTask& t, Scratch<T>& scratch) {
     const auto at_a = [&](int64_t s, int64_t k) { return load(t.a, oa + s * t.a.stride_s, k, t.a.stride_s, scratch.a); };
     const auto at_g = [&](int64_t s, int64_t k) { return load(t.g, og + s * t.g.stride_s, k, t.g.stride_s, scratch.g); };
     const auto at_h = [&](int64_t s, int64_t k) { return load_h(t, oh + s * t.h.stride_s, k, t.h.stride_s, scratch); };
-    T first = 0, second = 0;
-    if (t.pooling == SHAPLEYCAM_MEAN) {
-      for (int64_t s = 0; s < positions; s += kBlock) {
-        const int64_t k = positions - s < kBlock ? positions - s : kBlock;
+    T alpha = 0;
+    if (pooled) {
+      double sum = 0, activations = 0;
+      if (t.pooling == SHAPLEYCAM_PLUSPLUS) {
+        every_run([&](int64_t s, int64_t k) {
+          const T* a = at_a(s, k);
+          T part = 0;
+          for (int64_t i = 0; i < k; ++i) part += a[i];
+          activations += part;
+        });
+      }
+      every_run([&](int64_t s, int64_t k) {
         const T *g = at_g(s, k), *h = at_h(s, k);
-        T sum = 0;
-        for (int64_t i = 0; i < k; ++i) sum += weight(g, h, i);
-        first += sum;
-      }
-      first /= static_cast<T>(positions);
-    } else if (t.pooling == SHAPLEYCAM_ACTIVATION) {
-      for (int64_t s = 0; s < positions; s += kBlock) {
-        const int64_t k = positions - s < kBlock ? positions - s : kBlock;
-        const T *a = at_a(s, k), *g = at_g(s, k), *h = at_h(s, k);
-        T product = 0, sum = 0;
-        for (int64_t i = 0; i < k; ++i) {
-          product += weight(g, h, i) * a[i];
-          sum += a[i];
-        }
-        first += product;
-        second += sum;
-      }
-      first /= second + T(1e-7);
-    } else if (t.pooling == SHAPLEYCAM_PLUSPLUS) {
-      for (int64_t s = 0; s < positions; s += kBlock) {
-        const int64_t k = positions - s < kBlock ? positions - s : kBlock;
-        const T* a = at_a(s, k);
-        T sum = 0;
-        for (int64_t i = 0; i < k; ++i) sum += a[i];
-        second += sum;
-      }
-      for (int64_t s = 0; s < positions; s += kBlock) {
-        const int64_t k = positions - s < kBlock ? positions - s : kBlock;
-        const T *g = at_g(s, k), *h = at_h(s, k);
-        T sum = 0;
-        for (int64_t i = 0; i < k; ++i) sum += plusplus_term(weight(g, h, i), second);
-        first += sum;
-      }
+        pool_positions(t.pooling, reads_a ? at_a(s, k) : g, g, h, k, sum, activations);
+      });
+      channel_weights(t.pooling, &sum, &activations, positions, 1, &alpha);
     }
-    const bool weighted = needs_weight(t.pooling);
-    for (int64_t s = 0; s < positions; s += kBlock) {
-      const int64_t k = positions - s < kBlock ? positions - s : kBlock;
+    every_run([&](int64_t s, int64_t k) {
       const T* a = at_a(s, k);
-      const T* g = weighted ? at_g(s, k) : a;
-      const T* h = weighted ? at_h(s, k) : a;
-      accumulate(t.pooling, out + s, a, g, h, first, k);
-    }
+      accumulate(t.pooling, out + s, a, pooled ? a : at_g(s, k), pooled ? a : at_h(s, k), alpha, k);
+    });
   }
 }
 
 // Channels last: one position after the other, each a run of channels.
 template <typename T>
 void reduce_channels_last(const ReduceTask& t, Scratch<T>& scratch) {
-  alignas(64) T first[kBlock], second[kBlock];
+  alignas(64) T alpha[kBlock], activations[kBlock];
   T* out = static_cast<T*>(t.out);
-  const int64_t k = t.channels;
+  const int64_t k = t.channels, positions = t.positions;
   const int64_t oa = t.image * t.a.stride_n + t.first * t.a.stride_c;
   const int64_t og = t.image * t.g.stride_n + t.first * t.g.stride_c;
   const int64_t oh = t.image * t.h.stride_n + t.first * t.h.stride_c;
   const auto at_a = [&](int64_t s) { return load(t.a, oa + s * t.a.stride_s, k, t.a.stride_c, scratch.a); };
   const auto at_g = [&](int64_t s) { return load(t.g, og + s * t.g.stride_s, k, t.g.stride_c, scratch.g); };
   const auto at_h = [&](int64_t s) { return load_h(t, oh + s * t.h.stride_s, k, t.h.stride_c, scratch); };
-  const bool weighted = needs_weight(t.pooling);
-  if (!weighted) {
-    for (int64_t i = 0; i < k; ++i) first[i] = second[i] = 0;
+  const bool pooled = pools(t.pooling), reads_a = t.pooling == SHAPLEYCAM_ACTIVATION;
+  if (pooled) {
+    alignas(64) double sums[kBlock], sums_of_a[kBlock];
+    for (int64_t i = 0; i < k; ++i) sums[i] = alpha[i] = 0;
+    if (t.pooling != SHAPLEYCAM_MEAN) {
+      for (int64_t i = 0; i < k; ++i) sums_of_a[i] = activations[i] = 0;
+    }
     if (t.pooling == SHAPLEYCAM_PLUSPLUS) {
-      for (int64_t s = 0; s < t.positions; ++s) {
+      for (int64_t s = 0; s < positions; ++s) {
         const T* a = at_a(s);
-        for (int64_t i = 0; i < k; ++i) second[i] += a[i];
+        for (int64_t i = 0; i < k; ++i) activations[i] += a[i];
+        if (full(s, positions)) put_by(sums_of_a, activations, k);
       }
+      for (int64_t i = 0; i < k; ++i) activations[i] = static_cast<T>(sums_of_a[i]);
     }
-    for (int64_t s = 0; s < t.positions; ++s) {
+    for (int64_t s = 0; s < positions; ++s) {
       const T *g = at_g(s), *h = at_h(s);
-      if (t.pooling == SHAPLEYCAM_MEAN) {
-        for (int64_t i = 0; i < k; ++i) first[i] += weight(g, h, i);
-      } else if (t.pooling == SHAPLEYCAM_ACTIVATION) {
-        const T* a = at_a(s);
-        for (int64_t i = 0; i < k; ++i) {
-          first[i] += weight(g, h, i) * a[i];
-          second[i] += a[i];
-        }
-      } else {
-        for (int64_t i = 0; i < k; ++i) first[i] += plusplus_term(weight(g, h, i), second[i]);
-      }
+      pool_channels(t.pooling, reads_a ? at_a(s) : g, g, h, k, alpha, activations);
+      if (!full(s, positions)) continue;
+      put_by(sums, alpha, k);
+      if (reads_a) put_by(sums_of_a, activations, k);
     }
-    if (t.pooling == SHAPLEYCAM_MEAN) {
-      for (int64_t i = 0; i < k; ++i) first[i] /= static_cast<T>(t.positions);
-    } else if (t.pooling == SHAPLEYCAM_ACTIVATION) {
-      for (int64_t i = 0; i < k; ++i) first[i] /= second[i] + T(1e-7);
-    }
+    channel_weights(t.pooling, sums, sums_of_a, positions, k, alpha);
   }
-  for (int64_t s = 0; s < t.positions; ++s) {
+  for (int64_t s = 0; s < positions; ++s) {
     const T* a = at_a(s);
-    out[s] = dot(t.pooling, a, weighted ? at_g(s) : a, weighted ? at_h(s) : a, first, k);
+    out[s] = dot(t.pooling, a, pooled ? a : at_g(s), pooled ? a : at_h(s), alpha, k);
   }
 }
 
 template <typename T>
 void reduce(const ReduceTask& t) {
-#if defined(SHAPLEYCAM_INTRINSICS)
-  if constexpr (sizeof(T) == 4) {
-    if (fast::reduce(t)) return;
-  }
-#endif
   Scratch<T> scratch;
   if (t.h.data == nullptr) {
     for (int64_t i = 0; i < kBlock; ++i) scratch.zeros[i] = 0;
   }
-  // A layout is channels last only if its channels are the closer neighbours; a single position has no layout.
-  if (t.a.stride_c == 1 && t.a.stride_s != 1) {
+  if (channels_last(&t.a)) {
     reduce_channels_last(t, scratch);
     return;
   }
@@ -270,20 +216,15 @@ void reduce(const ReduceTask& t) {
 
 template <typename T>
 void sum(const SumTask& t) {
-#if defined(SHAPLEYCAM_INTRINSICS)
-  if constexpr (sizeof(T) == 4) {
-    if (fast::sum(t)) return;
-  }
-#endif
   alignas(64) T scratch[kBlock];
   T* out = static_cast<T*>(t.out);
   const T* alpha = static_cast<const T*>(t.alpha);
   const int64_t base = t.image * t.a.stride_n + t.first * t.a.stride_c;
-  if (t.a.stride_c == 1 && t.a.stride_s != 1) {
+  if (channels_last(&t.a)) {
     for (int64_t s = 0; s < t.positions; ++s) {
       const T* a = load(t.a, base + s * t.a.stride_s, t.channels, 1, scratch);
       for (int64_t m = 0; m < t.rows; ++m) {
-        out[m * t.out_stride + s] = dot<T>(SHAPLEYCAM_MEAN, a, a, a, alpha + m * t.alpha_stride, t.channels);
+        out[m * t.out_stride + s] = dot<T>(kGiven, a, a, a, alpha + m * t.alpha_stride, t.channels);
       }
     }
     return;
@@ -314,19 +255,6 @@ void add(void* out, const void* parts, int64_t count, int64_t parts_count, int64
     for (int64_t i = 0; i < count; ++i) to[i] += from[p * stride + i];
   }
 }
-
-}  // namespace SHAPLEYCAM_ARCH
-}  // namespace shapleycam
-
-#include "display.inl"
-#include "utility.inl"
-
-namespace shapleycam {
-namespace SHAPLEYCAM_ARCH {
-
-constexpr Kernels kKernels = {SHAPLEYCAM_ARCH_NAME, reduce<float>,  reduce<double>,  sum<float>,
-                              sum<double>,          add<float>,     add<double>,     utility_rows<float>,
-                              utility_rows<double>, display<float>, display<double>, overlay};
 
 }  // namespace SHAPLEYCAM_ARCH
 }  // namespace shapleycam

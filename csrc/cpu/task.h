@@ -8,6 +8,8 @@ namespace shapleycam {
 
 // Everything a task needs beyond this lives on its stack; a chunk never has more channels than this.
 constexpr int64_t kBlock = 2048;
+// Nor, channels first, than this: every channel is added to the map that there is, and each time the sum is rounded.
+constexpr int64_t kMostAdded = 1024;
 
 struct ReduceTask {
   shapleycam_view a, g, h;  // h.data is null where there is no Hessian-vector product
@@ -54,7 +56,7 @@ struct OverlayTask {
   uint8_t* out;  // [height, width, 3]
 };
 
-// One set per instruction set: rows.inl is compiled once for each.
+// One set per instruction set: kernels.inl is compiled once for each.
 struct Kernels {
   const char* name;
   void (*reduce_f32)(const ReduceTask&);

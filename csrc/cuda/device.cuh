@@ -1,11 +1,11 @@
-// What every kernel needs: element types, strided loads, 16-byte loads, warp sums, and the arithmetic of the rows.
+// What every kernel needs: element types, strided loads, 16-byte loads, and warp sums.
 #pragma once
 
 #include <cuda_fp16.h>
 
 #include <initializer_list>
-#include <type_traits>
 
+#include "../pooling.h"
 #include "launch.h"
 
 namespace shapleycam {
@@ -33,9 +33,6 @@ inline View view_of(const shapleycam_view* v) {
   return v == nullptr ? View{nullptr, 0, 0, 0, SHAPLEYCAM_FLOAT32}
                       : View{v->data, v->stride_n, v->stride_c, v->stride_s, v->dtype};
 }
-
-// A layout is channels last only if its channels are the closer neighbours; a single position has no layout.
-inline bool channels_last(const shapleycam_view* a) { return a->stride_c == 1 && a->stride_s != 1; }
 
 template <typename T>
 __device__ __forceinline__ T load(const void* data, int32_t dtype, int64_t offset) {
@@ -72,44 +69,6 @@ __device__ __forceinline__ Pack<E> fetch(const E* aligned) {
   Pack<E> pack;
   memcpy(&pack, &bits, sizeof(pack));
   return pack;
-}
-
-template <typename T>
-__device__ __forceinline__ T positive(T x) {
-  return x < T(0) ? T(0) : x;  // keeps NaN
-}
-
-template <typename T>
-__device__ __forceinline__ T plusplus_term(T w, T sum) {
-  const T square = w * w;
-  const T ratio = square / (T(2) * square + square * w * sum + T(1e-6));
-  return w == T(0) ? T(0) : positive(w) * ratio;
-}
-
-// The rows of shapleycam_pooling, and the sum whose channel weights are given.
-constexpr int kGiven = SHAPLEYCAM_PLUSPLUS + 1;
-
-// Rows whose weight is one number per channel, which takes a sum over the positions first.
-template <int kRow>
-constexpr bool kPools = kRow == SHAPLEYCAM_MEAN || kRow == SHAPLEYCAM_ACTIVATION || kRow == SHAPLEYCAM_PLUSPLUS;
-
-template <int kRow>
-constexpr bool kPerChannel = kPools<kRow> || kRow == kGiven;
-
-// One element of the other rows.
-template <int kRow, typename T>
-__device__ __forceinline__ T term(T w, T x) {
-  if constexpr (kRow == SHAPLEYCAM_ELEMENTWISE_RELU) return positive(w * x);
-  if constexpr (kRow == SHAPLEYCAM_POSITIVE_GRADIENT) return positive(w) * x;
-  return w * x;
-}
-
-// The channel's weight from its sums over the positions.
-template <int kRow, typename T>
-__device__ __forceinline__ T channel_weight(T sum, T activations, int64_t positions) {
-  if constexpr (kRow == SHAPLEYCAM_MEAN) return sum / static_cast<T>(positions);
-  if constexpr (kRow == SHAPLEYCAM_ACTIVATION) return sum / (activations + T(1e-7));
-  return sum;
 }
 
 template <typename T>

@@ -60,18 +60,14 @@ __global__ void __launch_bounds__(kThreads) overlay_kernel(Picture p, const floa
     const float h = heat[i];
     uint8_t* to = out + i * 3;
     if (!(h - h == 0.0f)) {
-      to[0] = 255;
-      to[1] = 0;
-      to[2] = 255;
+      mark_unknown(to);
       continue;
     }
-    const uint8_t* colour = table + 3 * static_cast<int>(rintf(fminf(fmaxf(h, 0.0f), 1.0f) * 255.0f));
+    const uint8_t* colour = table + 3 * colour_of(h);
 #pragma unroll
     for (int c = 0; c < 3; ++c) {
-      float base = pixel(p, n * p.stride_n + c * p.stride_c + y * p.stride_h + x * p.stride_w) * p.scale[c] + p.shift[c];
-      base = base < 0.0f ? 0.0f : (base > 1.0f ? 1.0f : base);
-      const float mixed = ((1.0f - alpha) * base + alpha * (static_cast<float>(colour[c]) / 255.0f)) * 255.0f;
-      to[c] = mixed > 0.0f ? static_cast<uint8_t>(rintf(fminf(mixed, 255.0f))) : 0;
+      const float base = pixel(p, n * p.stride_n + c * p.stride_c + y * p.stride_h + x * p.stride_w) * p.scale[c] + p.shift[c];
+      to[c] = blended(base, colour[c], alpha);
     }
   }
 }

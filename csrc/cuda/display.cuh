@@ -1,10 +1,7 @@
 // The display form of one map by one block or several: max(., 0), min-max, linear resize, min-max.
-//
-// The second min-max needs the extent of the resized map before any of it can be written. Between two neighbours of the raw map
-// the resized one is linear along every axis, so on the positions that fall between them it is extreme at the first or the
-// last: some (2 from)^2 positions tell the extent of to^2.
 #pragma once
 
+#include "../display.h"
 #include "device.cuh"
 
 namespace shapleycam {
@@ -53,63 +50,12 @@ __device__ Extent<T> over_block(Extent<T> mine) {
 }
 
 template <typename T>
-struct Axis {
-  int64_t from, to;
-  T scale;
-};
-
-template <typename T>
-struct Place {
-  int64_t low, high;
-  T weight;
-};
-
-template <typename T>
-__device__ __forceinline__ Place<T> place(int64_t i, const Axis<T>& axis) {
-  T x = axis.scale * (static_cast<T>(i) + T(0.5)) - T(0.5);
-  x = x < T(0) ? T(0) : x;
-  int64_t low = static_cast<int64_t>(x);
-  low = low < axis.from - 1 ? low : axis.from - 1;
-  return {low, low + (low < axis.from - 1 ? 1 : 0), x - static_cast<T>(low)};
-}
-
-// The first position that reads at or beyond `low`, or axis.to.
-template <typename T>
-__device__ int64_t first_reaching(int64_t low, const Axis<T>& axis) {
-  if (low >= axis.from) return axis.to;
-  int64_t i = static_cast<int64_t>((static_cast<T>(low) + T(0.5)) / axis.scale - T(0.5));
-  i = i < 0 ? 0 : (i < axis.to ? i : axis.to);
-  // Rounding may have put the guess off by a step.
-  while (i > 0 && place(i - 1, axis).low >= low) --i;
-  while (i < axis.to && place(i, axis).low < low) ++i;
-  return i;
-}
-
-// How many positions of an axis can be extreme, and which.
-template <typename T>
-__host__ __device__ __forceinline__ int64_t extremes(const Axis<T>& axis) {
-  return 2 * axis.from < axis.to ? 2 * axis.from : axis.to;
-}
-
-template <typename T>
-__device__ int64_t extreme(int64_t q, const Axis<T>& axis) {
-  if (extremes(axis) == axis.to) return q;
-  const int64_t i = first_reaching(q / 2 + q % 2, axis) - q % 2;
-  return i < 0 ? 0 : (i < axis.to ? i : axis.to - 1);
-}
-
-template <typename T>
-__device__ __forceinline__ T between(T a, T b, T weight) {
-  return (T(1) - weight) * a + weight * b;
-}
-
-template <typename T>
 struct Map {
   const T* raw;
   Axis<T> z, y, x;
-  T low, scale;
+  T low, divisor;
 
-  __device__ __forceinline__ T unit(int64_t i) const { return (positive(raw[i]) - low) / scale; }
+  __device__ __forceinline__ T unit(int64_t i) const { return unit_of(raw[i], low, divisor); }
 
   __device__ T plane(int64_t pz, const Place<T>& py, const Place<T>& px) const {
     const int64_t upper = (pz * y.from + py.low) * x.from, below = (pz * y.from + py.high) * x.from;
@@ -133,8 +79,7 @@ __device__ __forceinline__ void put(Float16* out, T x) {
 }
 template <typename T>
 __device__ __forceinline__ void put(uint8_t* out, T x) {
-  const T scaled = x > T(0) ? x * T(255) : T(0);  // NaN becomes 0: a byte cannot say it
-  *out = static_cast<uint8_t>(rint(scaled < T(255) ? scaled : T(255)));
+  *out = byte_of(x);
 }
 
 // Writes the positions [begin, end) of the display form of map.raw; every thread of the block must call it.
@@ -146,8 +91,8 @@ __device__ void display_part(Map<T> map, bool renormalize, int64_t begin, int64_
   for (int64_t i = threadIdx.x; i < count; i += kThreads) extent.add(positive(map.raw[i]));
   extent = over_block(extent);
   map.low = extent.low;
-  map.scale = T(1e-7) + (extent.high - extent.low);
-  T low = 0, scale = 1;
+  map.divisor = divisor_of(extent.low, extent.high);
+  T low = 0, divisor = 1;
   if (renormalize) {
     const int64_t ex = extremes(map.x), ey = extremes(map.y), candidates = ex * ey * extremes(map.z);
     const T corner = map.at(0, 0, 0);
@@ -157,22 +102,13 @@ __device__ void display_part(Map<T> map, bool renormalize, int64_t begin, int64_
     }
     extent = over_block(extent);
     low = extent.low;
-    scale = T(1e-7) + (extent.high - extent.low);
+    divisor = divisor_of(extent.low, extent.high);
   }
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     T value = map.at(i / (map.x.to * map.y.to), i / map.x.to % map.y.to, i % map.x.to);
-    if (renormalize) {
-      // Rounding may carry a value a step beyond the extremes; NaN stays.
-      value = (value - low) / scale;
-      value = value < T(0) ? T(0) : (value > T(1) ? T(1) : value);
-    }
+    if (renormalize) value = renormalized(value, low, divisor);
     put(out + i, value);
   }
-}
-
-template <typename T>
-Axis<T> axis_of(int64_t from, int64_t to) {
-  return {from, to, static_cast<T>(from) / static_cast<T>(to)};
 }
 
 }  // namespace shapleycam

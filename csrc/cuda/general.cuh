@@ -18,7 +18,7 @@ struct Weights {
   View g, h;
   __device__ __forceinline__ T at(int64_t n, int64_t c, int64_t s) const {
     const T gradient = shapleycam::at<T>(g, n, c, s);
-    return h.data == nullptr ? gradient : gradient - T(0.5) * shapleycam::at<T>(h, n, c, s);
+    return h.data == nullptr ? gradient : weight(gradient, shapleycam::at<T>(h, n, c, s));
   }
 };
 

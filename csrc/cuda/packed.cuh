@@ -39,7 +39,7 @@ __device__ __forceinline__ void weights(float (&w)[kPack<E>], const E* g, const 
   float second[kPack<E>];
   widened(second, h);
 #pragma unroll
-  for (int j = 0; j < kPack<E>; ++j) w[j] -= 0.5f * second[j];
+  for (int j = 0; j < kPack<E>; ++j) w[j] = weight(w[j], second[j]);
 }
 
 template <typename E, int kRow>
@@ -79,14 +79,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Packed<E> in, const floa
           weights(w, gc + i, hc == nullptr ? nullptr : hc + i);
           if constexpr (kRow == SHAPLEYCAM_ACTIVATION) widened(x, ac + i);
 #pragma unroll
-          for (int j = 0; j < V; ++j) {
-            if constexpr (kRow == SHAPLEYCAM_MEAN) sum += w[j];
-            if constexpr (kRow == SHAPLEYCAM_PLUSPLUS) sum += plusplus_term(w[j], activations);
-            if constexpr (kRow == SHAPLEYCAM_ACTIVATION) {
-              sum += w[j] * x[j];
-              activations += x[j];
-            }
-          }
+          for (int j = 0; j < V; ++j) pool<kRow>(w[j], x[j], sum, activations);
         }
         sum = warp_sum(sum);
         if constexpr (kRow == SHAPLEYCAM_ACTIVATION) activations = warp_sum(activations);
@@ -185,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(Packed<E> in, const flo
     for (int i = packs + threadIdx.x; i < length; i += kThreads) {
       const float from_a = widen(a[i]);
       float from_w = 0;
-      if constexpr (kRow != kGiven) from_w = widen(g[i]) - (h == nullptr ? 0.0f : 0.5f * widen(h[i]));
+      if constexpr (kRow != kGiven) from_w = weight(widen(g[i]), h == nullptr ? 0.0f : widen(h[i]));
       x[i] = kPerChannel<kRow> ? from_a : term<kRow>(from_w, from_a);
       if constexpr (kPools<kRow>) w[i] = from_w;
     }
@@ -199,9 +192,11 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(Packed<E> in, const flo
           activations = warp_sum(activations);
         }
         for (int s = lane; s < S; s += 32) {
-          if constexpr (kRow == SHAPLEYCAM_MEAN) sum += wc[s];
-          if constexpr (kRow == SHAPLEYCAM_ACTIVATION) sum += wc[s] * xc[s];
-          if constexpr (kRow == SHAPLEYCAM_PLUSPLUS) sum += plusplus_term(wc[s], activations);
+          if constexpr (kRow == SHAPLEYCAM_ACTIVATION) {
+            sum += wc[s] * xc[s];  // the activations are summed above
+          } else {
+            pool<kRow>(wc[s], 0.0f, sum, activations);
+          }
         }
         sum = warp_sum(sum);
         if (lane == 0) alpha[channel] = channel_weight<kRow>(sum, activations, positions);
@@ -283,14 +278,7 @@ __global__ void __launch_bounds__(kThreads) last_kernel(Packed<E> in, const floa
         weights_at(w, s);
         if constexpr (kRow == SHAPLEYCAM_ACTIVATION) widened(x, a + s * in.a_s);
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-          if constexpr (kRow == SHAPLEYCAM_MEAN) alpha[j] += w[j];
-          if constexpr (kRow == SHAPLEYCAM_PLUSPLUS) alpha[j] += plusplus_term(w[j], activations[j]);
-          if constexpr (kRow == SHAPLEYCAM_ACTIVATION) {
-            alpha[j] += w[j] * x[j];
-            activations[j] += x[j];
-          }
-        }
+        for (int j = 0; j < V; ++j) pool<kRow>(w[j], x[j], alpha[j], activations[j]);
       }
       over_groups(alpha);
       if constexpr (kRow == SHAPLEYCAM_ACTIVATION) over_groups(activations);

@@ -55,26 +55,6 @@ int32_t add_parts(const T* parts, int64_t n, int64_t length, int64_t pieces, T* 
   return launched();
 }
 
-// Calls body(the row as a compile-time constant).
-template <typename Body>
-int32_t with_row(int32_t row, Body body) {
-#define SHAPLEYCAM_ROW(name) \
-  case name:                 \
-    return body(std::integral_constant<int, name>{});
-  switch (row) {
-    SHAPLEYCAM_ROW(SHAPLEYCAM_MEAN)
-    SHAPLEYCAM_ROW(SHAPLEYCAM_ELEMENTWISE)
-    SHAPLEYCAM_ROW(SHAPLEYCAM_ELEMENTWISE_RELU)
-    SHAPLEYCAM_ROW(SHAPLEYCAM_ACTIVATION)
-    SHAPLEYCAM_ROW(SHAPLEYCAM_POSITIVE_GRADIENT)
-    SHAPLEYCAM_ROW(SHAPLEYCAM_PLUSPLUS)
-    SHAPLEYCAM_ROW(kGiven)
-    default:
-      return SHAPLEYCAM_BAD_POOLING;
-  }
-#undef SHAPLEYCAM_ROW
-}
-
 // One call of either operator: m is 1 and alpha null in weighted_reduce, g and h are null in channel_weighted_sum.
 struct Call {
   const shapleycam_view *a, *g, *h;
@@ -126,12 +106,13 @@ int32_t general(const Call& call) {
   const Weights<T> w = {view_of(call.g), view_of(call.h)};
   return in_pieces<T>(call, plan, [&](T* parts) {
     return with_row(call.row, [&](auto row) {
-      if constexpr (row() == kGiven) {
+      constexpr int kRow = decltype(row)::value;
+      if constexpr (kRow == kGiven) {
         const auto kernel = sum_kernel<T, kChannelsLast>;
         SHAPLEYCAM_LAUNCH(kernel, grid_of(call.n, plan.pieces), kThreads, 0, call.stream, a, static_cast<const T*>(call.alpha),
                           call.n, call.c, call.s, call.m, plan.chunk, parts);
       } else {
-        const auto kernel = reduce_kernel<T, kChannelsLast, row()>;
+        const auto kernel = reduce_kernel<T, kChannelsLast, kRow>;
         SHAPLEYCAM_LAUNCH(kernel, grid_of(call.n, plan.pieces), kThreads, 0, call.stream, a, w, call.n, call.c, call.s,
                           plan.chunk, parts);
       }
@@ -152,7 +133,7 @@ int32_t packed(const Call& call, Kind kind) {
                                          : plan_of(call.n, call.c, kMostChannels);
   return in_pieces<float>(call, plan, [&](float* parts) {
     return with_row(call.row, [&](auto row) {
-      constexpr int kRow = row();
+      constexpr int kRow = decltype(row)::value;
       const auto kernel = kind == Kind::dense  ? dense_kernel<E, kRow>
                           : kind == Kind::last ? last_kernel<E, kRow>
                                                : rows_kernel<E, kRow>;
