@@ -52,6 +52,45 @@ def test_against_a_loop(images, model, steps, baseline):
             assert float(got[n, k]) == pytest.approx(float(p), abs=1e-5)
 
 
+class Conditioned(nn.Module):
+    """Takes the images by keyword and a number per image besides, and returns its logits inside a mapping."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, shift, *, pixels):
+        return {"features": shift, "scores": self.model(pixels) + shift}
+
+
+def test_models_that_take_and_return_more(images, model):
+    torch.manual_seed(0)
+    maps, targets, shift = torch.rand(6, 20, 24), torch.arange(6), torch.randn(6, 1) * torch.arange(7.0)
+    given = {"output": "scores", "args": (shift,), "images_as": "pixels"}
+    for measure in (insertion, deletion, road):
+        got = measure(Conditioned(model), images, maps, targets, **given)
+        for n in range(6):  # alone, with its own number
+            alone = nn.Sequential(model, Shift(shift[n]))
+            expected = measure(alone, images[n : n + 1], maps[n : n + 1], targets[n : n + 1])
+            close = 1e-4 if measure is not road else 5e-3  # road draws noise
+            assert torch.allclose(got[n], expected[0], atol=close), (measure, n)
+    metric = InsertionAUC(steps=3)
+    metric.update(Conditioned(model), images, maps, targets, **given)
+    plain = insertion(Conditioned(model), images, maps, targets, steps=3, **given)
+    assert float(metric.compute()) == pytest.approx(float(area(plain).mean()), abs=1e-9)
+    with pytest.raises(InputError, match="'logits'"):
+        insertion(Conditioned(model), images, maps, targets, args=(shift,), images_as="pixels", output="logits")
+
+
+class Shift(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, logits):
+        return logits + self.by
+
+
 def test_blur_is_a_gaussian():
     from scipy.ndimage import gaussian_filter
 

@@ -81,7 +81,7 @@ class Game:
         self._layout: Layout = explainer.layout_of(self._layer, module, self._head.activations, images)
         self._activations = self._layout.view(self._head.activations)  # [N, C, S]
         self.batch = images.shape[0]
-        placed, self._poison = place_targets(
+        placed, self._nan_mark = place_targets(
             as_targets(targets), self._utility.logits_of(self._head.outputs), self.batch, images.device
         )
         if placed is not None and placed.shape[1] != 1:
@@ -214,7 +214,7 @@ class Game:
         targets = None if self.targets is None else self.targets[rows]
         value = evaluate(self._utility.rows(rows), outputs, self._utility.logits_of(outputs), targets, rows.shape[0])
         worth: Tensor = value.detach().double()
-        return worth if self._poison is None else worth + self._poison[rows]
+        return worth if self._nan_mark is None else worth + self._nan_mark[rows]
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         everything = torch.ones(2, self.count, dtype=torch.bool)

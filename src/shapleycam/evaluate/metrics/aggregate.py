@@ -149,9 +149,12 @@ class InsertionAUC(_MeanOverImages):
         super().__init__(**options)
         self._how: dict[str, Any] = {"steps": steps, "baseline": baseline, "chunk": chunk}
 
-    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> None:
-        """Add images [N, channels, *size] by their maps [N, *size] and classes [N]."""
-        self._add(area(insertion(model, images, maps, targets, **self._how)))
+    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, **inputs: Any) -> None:
+        """Add images [N, channels, *size] by their maps [N, *size] and classes [N].
+
+        ``inputs`` are ``output``, ``args``, ``kwargs`` and ``images_as`` of the function.
+        """
+        self._add(area(insertion(model, images, maps, targets, **self._how, **inputs)))
 
 
 class DeletionAUC(_MeanOverImages):
@@ -163,9 +166,12 @@ class DeletionAUC(_MeanOverImages):
         super().__init__(**options)
         self._how: dict[str, Any] = {"steps": steps, "baseline": baseline, "chunk": chunk}
 
-    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> None:
-        """Add images [N, channels, *size] by their maps [N, *size] and classes [N]."""
-        self._add(area(deletion(model, images, maps, targets, **self._how)))
+    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, **inputs: Any) -> None:
+        """Add images [N, channels, *size] by their maps [N, *size] and classes [N].
+
+        ``inputs`` are ``output``, ``args``, ``kwargs`` and ``images_as`` of the function.
+        """
+        self._add(area(deletion(model, images, maps, targets, **self._how, **inputs)))
 
 
 class ROAD(_MeanOverImages):
@@ -180,7 +186,8 @@ class ROAD(_MeanOverImages):
         super().__init__(**options)
         self._percentiles, self._noise, self._seed = tuple(percentiles), noise, seed
 
-    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -> None:
-        """Add images [N, channels, H, W] by their maps [N, H, W] and classes [N]."""
+    def update(self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, **inputs: Any) -> None:
+        """Add images [N, channels, H, W] by their maps [N, H, W] and classes [N]; ``inputs`` as in :class:`DeletionAUC`."""
         generator = torch.Generator(images.device).manual_seed(self._seed + self.update_count)
-        self._add(road(model, images, maps, targets, percentiles=self._percentiles, noise=self._noise, generator=generator))
+        how: dict[str, Any] = {"percentiles": self._percentiles, "noise": self._noise, "generator": generator}
+        self._add(road(model, images, maps, targets, **how, **inputs))

@@ -10,10 +10,15 @@ Gaussian blur (11 × 11, deviation 5) for insertion.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...model.inputs import Inputs, as_inputs
+from ...utilities.outputs import Output
 from .functional import probabilities
 
 
@@ -26,6 +31,10 @@ def deletion(
     steps: int = 50,
     baseline: str | Tensor = "zero",
     chunk: int = 64,
+    output: Output = "auto",
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    images_as: str | None = None,
 ) -> Tensor:
     """Probability of the class while the most relevant pixels vanish, float64 [N, steps + 1], lower is better.
 
@@ -37,11 +46,24 @@ def deletion(
         steps: number of steps, at least 1.
         baseline: "zero" (the data set's mean), "blur", or a tensor that broadcasts to the images.
         chunk: images that go through the model at once.
+        output: where the logits are in what the model returns, as for :class:`shapleycam.Explainer`.
+        args, kwargs: what the model takes besides the images, as for :meth:`shapleycam.Explainer.__call__`.
+        images_as: the keyword under which the model takes the images, where they are not its first argument.
 
     Raises:
         InputError: shapes that do not belong together, an unknown baseline, no steps.
     """
-    return _curve(model, images, _baseline(images, baseline), maps, targets, steps, chunk)
+    return _curve(
+        model,
+        as_inputs(images, args, kwargs, images_as),
+        _baseline(images, baseline),
+        True,
+        maps,
+        targets,
+        steps,
+        chunk,
+        output,
+    )
 
 
 def insertion(
@@ -53,12 +75,26 @@ def insertion(
     steps: int = 50,
     baseline: str | Tensor = "blur",
     chunk: int = 64,
+    output: Output = "auto",
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    images_as: str | None = None,
 ) -> Tensor:
     """Probability of the class while the most relevant pixels appear, float64 [N, steps + 1], higher is better.
 
     Arguments and errors as for :func:`deletion`.
     """
-    return _curve(model, _baseline(images, baseline), images, maps, targets, steps, chunk)
+    return _curve(
+        model,
+        as_inputs(images, args, kwargs, images_as),
+        _baseline(images, baseline),
+        False,
+        maps,
+        targets,
+        steps,
+        chunk,
+        output,
+    )
 
 
 def area(curve: Tensor) -> Tensor:
@@ -106,8 +142,19 @@ def check(images: Tensor, maps: Tensor, targets: Tensor) -> None:
 
 
 @torch.no_grad()
-def _curve(model: nn.Module, start: Tensor, end: Tensor, maps: Tensor, targets: Tensor, steps: int, chunk: int) -> Tensor:
-    check(start, maps, targets)
+def _curve(
+    model: nn.Module,
+    inputs: Inputs,
+    baseline: Tensor,
+    vanishing: bool,
+    maps: Tensor,
+    targets: Tensor,
+    steps: int,
+    chunk: int,
+    output: Output,
+) -> Tensor:
+    images = inputs.images
+    check(images, maps, targets)
     if steps < 1 or chunk < 1:
         raise InputError(f"steps and chunk must be at least 1, got {steps} and {chunk}.")
     n, pixels = maps.shape[0], maps[0].numel()
@@ -115,11 +162,12 @@ def _curve(model: nn.Module, start: Tensor, end: Tensor, maps: Tensor, targets: 
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(pixels, device=maps.device).expand(n, -1))
     ranks = ranks.view(n, 1, *maps.shape[1:])
     taken = torch.tensor([round(k * pixels / steps) for k in range(steps + 1)], device=maps.device)
+    start, end = (images, baseline) if vanishing else (baseline, images)
     # (step, image) pairs, a chunk at a time
     step, row = torch.arange((steps + 1) * n, device=maps.device).view(steps + 1, n), torch.arange(n, device=maps.device)
     step, row = (step // n).flatten(), row.expand(steps + 1, n).flatten()
-    found = [
-        probabilities(model, torch.where(ranks[r] < taken[k].view(-1, 1, 1, 1), end[r], start[r]), targets[r])
-        for k, r in zip(step.split(chunk), row.split(chunk), strict=True)
-    ]
+    found = []
+    for k, r in zip(step.split(chunk), row.split(chunk), strict=True):
+        altered = torch.where(ranks[r] < taken[k].view(-1, 1, 1, 1), end[r], start[r])
+        found.append(probabilities(model, inputs.beside(altered, r), targets[r], output))
     return torch.cat(found).double().view(steps + 1, n).T

@@ -25,6 +25,7 @@ from ...errors import InputError
 from ...explainer import Explainer
 from ...explanation import Explanation
 from ...methods.table import PAPER_METHODS
+from ...model.inputs import Inputs
 from ...utilities.outputs import Output, flat, logits_of
 
 
@@ -148,15 +149,17 @@ def measure(
     return {name: measured[name] for name in found}
 
 
-def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor, output: Output = "auto") -> Tensor:
+def probabilities(model: torch.nn.Module, images: Tensor | Inputs, classes: Tensor, output: Output = "auto") -> Tensor:
     """Softmax probability of ``classes`` [N] for ``images``, [N] in float32 (float64 for a float64 model).
 
-    ``output`` says where the logits are in what the model returns, as for :class:`shapleycam.Explainer`.
+    ``images`` come alone or with what the model takes besides; ``output`` says where the logits are in what the model returns,
+    as for :class:`shapleycam.Explainer`.
 
     Raises:
         InputError: the model returned no logits [N, K].
     """
-    return _of_logits(model(images), classes, output)
+    outputs = images.run(model) if isinstance(images, Inputs) else model(images)
+    return _of_logits(outputs, classes, output)
 
 
 def _of_logits(outputs: Any, classes: Tensor, output: Output) -> Tensor:

@@ -9,12 +9,15 @@ on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...model.inputs import as_inputs
+from ...utilities.outputs import Output
 from .curves import check
 from .functional import probabilities
 
@@ -53,7 +56,7 @@ def impute(
         )
     unknown = ~known.bool()[:, None]
     wide = images.double()
-    poison = torch.where(unknown, 0.0, wide).flatten(1).sum(1) * 0  # NaN where a known pixel is not finite
+    mark = torch.where(unknown, 0.0, wide).flatten(1).sum(1) * 0  # NaN where a known pixel is not finite
     given = torch.where(unknown, 0.0, wide).nan_to_num(0.0, 0.0, 0.0)
     # At the border the weights of the neighbours that are there are scaled up: 1 - the weights of those that are not.
     diagonal = _neighbours(torch.ones_like(wide[:1, :1]))
@@ -67,7 +70,7 @@ def impute(
         solved = (
             solved + noise * torch.randn(solved.shape, generator=generator, device=solved.device, dtype=torch.float32).double()
         )
-    return torch.where(unknown, solved, wide).add(poison.view(-1, 1, 1, 1)).to(images.dtype)
+    return torch.where(unknown, solved, wide).add(mark.view(-1, 1, 1, 1)).to(images.dtype)
 
 
 @torch.no_grad()
@@ -80,6 +83,10 @@ def road(
     percentiles: Sequence[float] = PERCENTILES,
     noise: float = 0.01,
     generator: torch.Generator | None = None,
+    output: Output = "auto",
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    images_as: str | None = None,
 ) -> Tensor:
     """(mean p without the least relevant pixels - mean p without the most relevant) / 2, float64 [N]; higher is better.
 
@@ -92,6 +99,7 @@ def road(
         maps: [N, H, W]. targets: classes, int64 [N].
         percentiles: each in (0, 100).
         noise, generator: as for :func:`impute`.
+        output, args, kwargs, images_as: as for :func:`shapleycam.metrics.curves.deletion`.
 
     Raises:
         InputError: shapes that do not belong together, or percentiles out of range.
@@ -99,6 +107,7 @@ def road(
     check(images, maps, targets)
     if not percentiles or not all(0 < q < 100 for q in percentiles):
         raise InputError(f"percentiles must lie between 0 and 100, got {tuple(percentiles)}.")
+    inputs = as_inputs(images, args, kwargs, images_as)
     total = torch.zeros(images.shape[0], dtype=torch.float64, device=images.device)
     # A map of NaN keeps nothing and removes nothing in particular: its score is NaN.
     total = total + maps.flatten(1).sum(1, dtype=torch.float64) * 0
@@ -107,7 +116,7 @@ def road(
         for q in percentiles:
             known = relevance < _percentile(ordered, q)[:, None, None]
             filled = impute(images, known, noise=noise, generator=generator)
-            total = total + sign * probabilities(model, filled, targets)
+            total = total + sign * probabilities(model, inputs.with_images(filled), targets, output)
     return total / (2 * len(percentiles))
 
 
