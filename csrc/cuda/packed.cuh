@@ -66,20 +66,24 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Packed<E> in, const floa
         float sum = 0, activations = 0;
         if constexpr (kRow == SHAPLEYCAM_PLUSPLUS) {
           for (int64_t i = lane * V; i < positions; i += 32 * V) {
-            float x[V];
+            float x[V], part = 0;
             widened(x, ac + i);
 #pragma unroll
-            for (int j = 0; j < V; ++j) activations += x[j];
+            for (int j = 0; j < V; ++j) part += x[j];
+            activations += part;
           }
           activations = warp_sum(activations);
         }
 #pragma unroll 2
         for (int64_t i = lane * V; i < positions; i += 32 * V) {
-          float w[V], x[V];
+          // A pack at a time, since every addition rounds what the sum has become; "activation" has no register to spare.
+          constexpr bool kByPack = kRow != SHAPLEYCAM_ACTIVATION;
+          float w[V], x[V], part = kByPack ? 0.0f : sum;
           weights(w, gc + i, hc == nullptr ? nullptr : hc + i);
           if constexpr (kRow == SHAPLEYCAM_ACTIVATION) widened(x, ac + i);
 #pragma unroll
-          for (int j = 0; j < V; ++j) pool<kRow>(w[j], x[j], sum, activations);
+          for (int j = 0; j < V; ++j) pool<kRow>(w[j], x[j], part, activations);
+          sum = kByPack ? sum + part : part;
         }
         sum = warp_sum(sum);
         if constexpr (kRow == SHAPLEYCAM_ACTIVATION) activations = warp_sum(activations);
