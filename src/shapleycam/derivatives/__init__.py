@@ -2,7 +2,7 @@
 
 Every engine runs the model forward, stops gradients before the target layer, and answers a :class:`Request` with
 :class:`Derivatives`. ``closed_form`` serves heads verified to be pool-and-linear; ``reverse_over_reverse`` and
-``forward_over_reverse`` are exact for any head; ``midpoint`` is approximate.
+``forward_over_reverse`` are exact for any head (the former combines more classes than features, see ``features``); ``midpoint`` is approximate.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from .autograd import activations_only, forward_over_reverse, reverse_over_reverse
+from .autograd import activations_only, forward_over_reverse
 from .closed_form import closed_form
+from .features import reverse_over_reverse
 from .midpoint import midpoint
 from .terms import Derivatives, Request, Terms
 
