@@ -2,7 +2,8 @@
 
 Every engine runs the model forward, stops gradients before the target layer, and answers a :class:`Request` with
 :class:`Derivatives`. ``closed_form`` serves heads verified to be pool-and-linear; ``reverse_over_reverse`` and
-``forward_over_reverse`` are exact for any head (the former combines more classes than features, see ``features``); ``midpoint`` is approximate.
+``forward_over_reverse`` are exact for any head, the former through the features (``features``) where classes outnumber them;
+``midpoint`` is approximate.
 """
 
 from __future__ import annotations
