@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shapleycam import (
     METHODS,
@@ -23,7 +24,7 @@ from shapleycam import (
 )
 from shapleycam.ops.backends import LADDER, Backend
 
-from .helpers import Split, small_heads, toy
+from .helpers import Split, available, small_heads, toy
 
 
 def state(model):
@@ -439,3 +440,45 @@ def test_an_explainer_checks_its_kernels(images):
         assert not torch.allclose(Explainer(model, check=False)(images).raw, expected)
     with pytest.raises(InputError, match="fraction"):
         Explainer(model, check=7.0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("engine", ["reverse_over_reverse", "forward_over_reverse"])
+@pytest.mark.parametrize("studied", [False, True])
+def test_the_callers_modes_change_nothing(context, engine, studied, batch):
+    model = toy()
+    expected = Explainer(model, engine=engine)(batch).raw
+    explainer = Explainer(model, engine=engine)
+    if studied:
+        explainer.prepare(batch)
+    with context():
+        found = explainer(batch).raw
+        assert not torch.is_grad_enabled() and torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+    assert torch.equal(found, expected) and expected.any()
+
+
+class Counted(TorchDispatchMode):
+    """How many of torch's operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("native" not in available("utility_rows"), reason="needs the compiled extension")
+def test_a_closed_form_call_adds_few_operators_to_the_forward_pass():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    model, images = Split(nn.Conv2d(3, 6, 1), head).eval(), torch.randn(1, 3, 4, 4)
+    explainer = Explainer(model, "target", backend="native")
+    targets = torch.tensor([3])
+    assert explainer(images, targets).diagnostics.engine == "closed_form"
+    with Counted() as forward, torch.no_grad():
+        model(images)
+    with Counted() as call:
+        explainer(images, targets)
+    added = len(call.names) - len(forward.names)
+    assert added <= 15, call.names  # each costs some microseconds, whatever the size

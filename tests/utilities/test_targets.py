@@ -124,3 +124,16 @@ def test_one_hot_on_the_device_is_no_map():
     explainer = Explainer(toy().cuda())
     result = explainer(X.cuda(), torch.eye(5, dtype=torch.int64, device="cuda"))
     assert result.finite.tolist() == [False] * 5
+
+
+@pytest.mark.parametrize("shape", [(3,), (64,), (65,), (3, 2), (40, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_the_range_of_few_and_of_many(shape, dtype):
+    good = torch.arange(torch.Size(shape).numel()).remainder(7).view(shape).to(dtype)
+    place_targets(good, torch.zeros(shape[0], 7), shape[0], CPU)
+    for wrong in (7, -1)[: 1 if dtype == torch.uint8 else 2]:
+        bad = good.clone()
+        bad.view(-1)[-2] = wrong
+        for checked in (False, True):
+            with pytest.raises(TargetError, match=rf"target {wrong} is out of range: the model has 7 classes"):
+                place_targets(bad, torch.zeros(shape[0], 7), shape[0], CPU, checked=checked)

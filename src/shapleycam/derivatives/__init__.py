@@ -2,8 +2,9 @@
 
 Every engine runs the model forward, stops gradients before the target layer, and answers a :class:`Request` with
 :class:`Derivatives`. ``closed_form`` serves heads verified to be pool-and-linear; ``reverse_over_reverse`` and
-``forward_over_reverse`` are exact for any head. ``quadrature`` integrates the gradient along the path from a baseline in
-place of the second order; ``midpoint`` is its one-node case.
+``forward_over_reverse`` are exact for any head, the former through the features (``features``) where classes outnumber them.
+``quadrature`` integrates the gradient along the path from a baseline in place of the second order; ``midpoint`` is its
+one-node case.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from .autograd import activations_only, forward_over_reverse, reverse_over_reverse
+from .autograd import activations_only, forward_over_reverse
 from .closed_form import closed_form
+from .features import reverse_over_reverse
 from .quadrature import midpoint, quadrature
 from .terms import Derivatives, Request, Terms
 

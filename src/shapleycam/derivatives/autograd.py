@@ -85,7 +85,7 @@ def activations_only(request: Request) -> Derivatives:
     """One forward pass, nothing differentiated: for the methods that need no derivative."""
     with request.capture(gradients=False) as capture:
         outputs = capture.run(request.inputs)
-        _still(request, capture)
+        still(request, capture)
         return request.start(capture, outputs, "none")
 
 
@@ -103,7 +103,7 @@ def reverse_over_reverse(request: Request) -> Derivatives:
             with torch.enable_grad():
                 values = request.values(outputs, found.targets)
             _fill(request, capture, found, values)
-            _still(request, capture)
+            still(request, capture)
     except RuntimeError as error:
         explain(error, "reverse_over_reverse", request.writes)
         raise
@@ -111,7 +111,8 @@ def reverse_over_reverse(request: Request) -> Derivatives:
     return found
 
 
-def _still(request: Request, capture: Capture) -> None:
+def still(request: Request, capture: Capture) -> None:
+    """Raise Outdated where an operator writes into a target layer's output that did not when the model was studied."""
     if not request.writes and any(captured.written for captured in capture.layers):
         raise Outdated("an operator writes into the target layer's output")
 
@@ -179,7 +180,7 @@ def forward_over_reverse(request: Request) -> Derivatives:
             except RuntimeError as error:
                 explain(error, "forward_over_reverse", request.writes)
                 raise
-            _still(one, capture)
+            still(one, capture)
             if request.with_baseline:
                 found.value = torch.stack([forward_ad.unpack_dual(v).primal.detach() for v in values], 1)
             found.logits = None if found.logits is None else forward_ad.unpack_dual(found.logits).primal

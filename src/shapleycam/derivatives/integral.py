@@ -12,7 +12,7 @@ from ..model.capture import Capture
 from ..model.head import rows_per_pass
 from ..model.pooled_linear import Outdated
 from ..utilities.named import evaluate
-from .autograd import differentiate
+from .autograd import differentiate, still
 from .path import background, gauss_legendre, points
 from .terms import Request, Terms
 
@@ -95,7 +95,7 @@ class Integral:
         one = replace(request, layers=self.layers)
         with one.capture(gradients=True, replace=lambda i, _: given[i]) as capture:
             outputs = capture.run(inputs)
-            still_holds(request, capture)
+            still(request, capture)
             values, gradients = utilities_and_gradients(request, capture, outputs, targets, len(part))
         self.add(part, gradients, values)
 
@@ -118,11 +118,6 @@ class Integral:
             share = share.unflatten(0, (*pairs.shape[:1], -1)).sum(1)  # ω_k
             found.append((pairs.var(1) / pairs.shape[1] * share[:, None, None] ** 2).sum(0).sqrt())
         return torch.stack(found, 1)
-
-
-def still_holds(request: Request, capture: Capture) -> None:
-    if not request.writes and any(captured.written for captured in capture.layers):
-        raise Outdated("an operator writes into the target layer's output")
 
 
 def utilities_and_gradients(

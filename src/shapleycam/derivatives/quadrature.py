@@ -18,10 +18,10 @@ from .. import ops
 from ..errors import InputError
 from ..model.head import Head
 from ..utilities.named import Utility
-from .autograd import explain, reverse_over_reverse
+from .autograd import explain, reverse_over_reverse, still
 from .closed_form import add_values, by_autograd, combine, forward, logits_at_baseline
 from .closed_form import closed_form as _closed_form
-from .integral import Integral, Point, still_holds, utilities_and_gradients
+from .integral import Integral, Point, utilities_and_gradients
 from .path import MOST_NODES, gauss_legendre
 from .terms import Derivatives, HeadRows, Request
 
@@ -222,7 +222,7 @@ def _first_pass(request: Request, count: int, with_gap: bool) -> tuple[Derivativ
     wanted = stacked or not request.weights_only
     with request.capture(gradients=wanted, replace=stack if stacked else None) as capture:
         outputs = capture.run(request.inputs)
-        still_holds(request, capture)
+        still(request, capture)
         if not stacked:
             raws = [captured.activations.detach() for captured in capture.layers if captured.activations is not None]
             integrals = _groups(request, raws)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..errors import InputError, ModelStateError
 from ..utilities.outputs import logits_of
 from .inputs import Inputs
+from .layouts import shown
 
 _PASSIVE = (
     nn.Identity,
@@ -87,7 +88,6 @@ def survey(
     model: nn.Module,
     images: Tensor,
     gradients: bool,
-    shape: Sequence[int] | None = None,
     inputs: Inputs | None = None,
     read: Callable[[Any], Tensor | None] = logits_of,
 ) -> Survey:
@@ -97,7 +97,6 @@ def survey(
         model: the user's model; its hooks are as before when this returns or raises.
         images: a small batch, [N, channels, *spatial].
         gradients: keep the images, so that ``find_layer`` can ask which layers every position of which matters.
-        shape: the shape of the user's whole batch, for messages; by default that of ``images``.
         inputs: the images with what the model takes besides.
         read: the logits in the outputs.
 
@@ -113,7 +112,7 @@ def survey(
     def before(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == owner and args and args[0] is watched:
             assert isinstance(module, nn.modules.conv._ConvNd)
-            check_stem(module, images, shape)
+            check_stem(module, images)
             found.stem = module
 
     def place(tensor: Tensor) -> Place:
@@ -179,19 +178,18 @@ def _shape(tensor: Any) -> Any:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def check_stem(module: nn.modules.conv._ConvNd, images: Tensor, shape: Sequence[int] | None = None) -> None:
+def check_stem(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
     """Check the images against the convolution that reads them.
 
     Args:
         module: the convolution.
         images: what it is about to read.
-        shape: the shape of the user's whole batch, for messages; by default that of ``images``.
 
     Raises:
         InputError: wrong rank, channels, device or dtype.
     """
     rank, channels = module.weight.ndim, module.in_channels
-    got = tuple(images.shape if shape is None else shape)
+    got = shown(images.shape)  # these may be the few that are studied
     if images.ndim != rank:
         hint = " Add a batch dimension: images[None]." if images.ndim == rank - 1 else ""
         raise InputError(f"images must have {rank} dimensions for this model, got shape {got}.{hint}")
