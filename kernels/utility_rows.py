@@ -16,12 +16,13 @@ REST = tl.constexpr(3)
 @triton.jit
 def _kernel(
     logits, bias, targets, rows,
-    stride, scale, K, M,
+    stride, scale: tl.float64, K, M,
     UTILITY: tl.constexpr, SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     logits += n * stride
     lane = tl.arange(0, BLOCK)
+    factor = tl.full((), scale, ACC)  # Triton passes a float as float32 where nothing says otherwise
     # Lanes beyond the end repeat the first logit, which changes no maximum; tl.max drops NaN, which the sum below brings back.
     most = tl.load(logits + lane * 0).to(ACC)
     for start in range(0, K, BLOCK):
@@ -78,7 +79,7 @@ def _kernel(
                 row = on_p * p
                 if SECOND:
                     row += on_pz * (p * z0)
-            row = tl.where(at == c, row + on_c, row) * scale
+            row = tl.where(at == c, row + on_c, row) * factor
             tl.store(rows + (n * M + m) * K + at, tl.where(known, row, float("nan")), mask=at < K)
 
 

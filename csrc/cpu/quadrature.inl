@@ -29,13 +29,14 @@ void quadrature_rows(const RowsTask& t) {
   const int64_t block = t.k < most ? t.k : most;
   const bool curved = t.utility != SHAPLEYCAM_LOGIT, probability = t.utility == SHAPLEYCAM_PROBABILITY;
   const bool started = t.bias.data != nullptr;
-  double whole = 0;
+  T weight[SHAPLEYCAM_MOST_NODES], whole = 0;
   for (int32_t q = 0; q < t.nodes_count; ++q) {
     to_z[q] = static_cast<T>(t.nodes[q]);
     to_start[q] = static_cast<T>(1.0 - t.nodes[q]);
     top[q] = nothing;
     total[q] = 0;
-    whole += t.weights[q];
+    weight[q] = static_cast<T>(t.weights[q] * t.scale);
+    whole += weight[q];
   }
   // body(first, count, kept + node * block) with the path at a node, for every node of a block.
   const auto path = [&](int64_t i, int64_t count, auto body) {
@@ -78,12 +79,14 @@ void quadrature_rows(const RowsTask& t) {
       for (int32_t q = 0; curved && q < t.nodes_count; ++q) {
         const T* e = kept + q * block;
         const T factor = factors[q];
-        for (int64_t j = 0; j < count; ++j) to[j] -= factor * e[j];
+        for (int64_t j = 0; j < count; ++j) to[j] += factor * e[j];
       }
     };
+    // The sum over the nodes is the same for every class, but where the coefficients depend on its probability.
+    const Coefficients<T> fixed = coefficients<T>(t.utility, 1, T(1), T(0), T(0));
     T factors[SHAPLEYCAM_MOST_NODES];
-    for (int32_t q = 0; q < t.nodes_count; ++q) factors[q] = static_cast<T>(t.weights[q] * t.scale) / total[q];
-    T* shared = z_scratch;  // the same for every class but for the probability
+    for (int32_t q = 0; q < t.nodes_count; ++q) factors[q] = fixed.on_p * weight[q] / total[q];
+    T* shared = z_scratch;
     if (!probability) combine(shared, factors);
     for (int64_t m = 0; m < t.m; ++m) {
       T* row = rows + m * t.k + i;
@@ -92,16 +95,16 @@ void quadrature_rows(const RowsTask& t) {
         for (int64_t j = 0; j < count; ++j) row[j] = unknown;
         continue;
       }
-      T on_class = static_cast<T>((t.utility == SHAPLEYCAM_REST ? 2 : 1) * whole * t.scale);
+      T on_class = fixed.on_class * whole;
       if (probability) {
         T z_c, s_c, own[SHAPLEYCAM_MOST_NODES];
         const T z = *load(t.logits, c, 1, 1, &z_c), s = started ? *load(t.bias, c, 1, 1, &s_c) : T(0);
         on_class = 0;
         for (int32_t q = 0; q < t.nodes_count; ++q) {
           const T x = started ? to_z[q] * z + to_start[q] * s : to_z[q] * z;
-          const T p = exponential(x - top[q]) / total[q];
-          on_class += static_cast<T>(t.weights[q] * t.scale) * p;
-          own[q] = factors[q] * p;
+          const Coefficients<T> on = coefficients<T>(t.utility, 1, exponential(x - top[q]) / total[q], T(0), T(0));
+          on_class += weight[q] * on.on_class;
+          own[q] = weight[q] * on.on_p / total[q];
         }
         combine(row, own);
       } else {

@@ -101,8 +101,9 @@ static_assert(SHAPLEYCAM_MOST_NODES == 32 && kTogether <= kWarps, "a warp has a 
 
 // One block to an image. First the maximum and the sum of every softmax, the nodes shared out among the warps, or the warps
 // among the nodes where these are few; then the rows, with one read of the logits for all nodes. `in.bias` is the path's start.
+// Two blocks to a multiprocessor are asked for, since the assembler spills for more of its own accord.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     rows_of_integral(Logits in, int64_t start_stride, Rule<T> rule, const int64_t* targets, int64_t images, int64_t classes,
                      int64_t logits, int32_t utility, T* rows) {
   __shared__ T part_top[SHAPLEYCAM_MOST_NODES], part_total[SHAPLEYCAM_MOST_NODES];
@@ -165,12 +166,14 @@ __global__ void __launch_bounds__(kThreads)
         const bool known = c >= 0 && c < logits;
         T share = 0;
         if (lane < rule.count) {
-          share = rule.weight[lane];
-          if (utility == SHAPLEYCAM_PROBABILITY && known) share *= exp(point(lane, z(c), start(c)) - top[lane]) / total[lane];
-          factor[lane][warp] = utility == SHAPLEYCAM_LOGIT ? T(0) : share / total[lane];
+          const bool curved = utility != SHAPLEYCAM_LOGIT;
+          const T p = curved && known ? exp(point(lane, z(c), start(c)) - top[lane]) / total[lane] : T(0);
+          const Coefficients<T> on = coefficients<T>(utility, 1, p, T(0), T(0));
+          share = rule.weight[lane] * on.on_class;
+          factor[lane][warp] = curved ? rule.weight[lane] * on.on_p / total[lane] : T(0);
         }
         share = warp_sum(share);
-        if (lane == 0) on_class[warp] = utility == SHAPLEYCAM_REST ? T(2) * share : share;
+        if (lane == 0) on_class[warp] = share;
       }
       __syncthreads();
       for (int64_t k = threadIdx.x; k < logits; k += kThreads) {
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kTogether; ++i) {
           if (i >= together) break;
           const int64_t c = chosen[i];
-          const T value = k == c ? on_class[i] - sums[i] : -sums[i];
+          const T value = k == c ? on_class[i] + sums[i] : sums[i];
           rows[(n * classes + m + i) * logits + k] = c < 0 || c >= logits ? static_cast<T>(nan("")) : value;
         }
       }

@@ -17,6 +17,7 @@ VARIANTS = {
     "weighted_reduce": 105,
     "channel_weighted_sum": 18,
     "utility_rows": 28,
+    "quadrature_rows": 43,
     "class_maps": 24,
     "display_map": 25,
     "overlay": 11,

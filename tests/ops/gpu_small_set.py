@@ -22,6 +22,10 @@ def main() -> None:
                 ops.channel_weighted_sum(a, torch.rand(n, 2, a.shape[1], device="cuda"), backend="cuda")
         logits, weight = torch.randn(3, 1003, device="cuda").to(dtype), torch.randn(1003, 33, device="cuda").to(dtype)
         targets = torch.tensor([[0], [1002], [5]], device="cuda")
+        for count in (1, 3, 32):
+            for how in ({"bias": logits[0]}, {"base": logits.flip(0)}):
+                rule = {"nodes": [0.3] * count, "weights": [1 / count] * count, "utility": "probability"}
+                ops.utility_rows(logits, targets.expand(3, 5), backend="cuda", **rule, **how)
         for positions in (49, 4225):  # one launch, and more
             a = torch.rand(3, 33, positions, device="cuda").to(dtype)
             side = math.isqrt(positions)

@@ -19,7 +19,7 @@ BACKENDS = available("utility_rows", DEVICE)
 
 
 def test_the_backends_that_must_be_here_are():
-    for operator in ("utility_rows", "class_maps"):
+    for operator in ("utility_rows", "quadrature_rows", "class_maps"):
         assert {"torch", "triton", "native" if DEVICE == "cpu" else "cuda"} <= set(available(operator, DEVICE))
 
 

@@ -175,7 +175,8 @@ def test_enums_are_the_same_everywhere():
     reduce = importlib.import_module("shapleycam.kernels.weighted_reduce")
     assert native.poolings == reduce._CODES
     rows = importlib.import_module("shapleycam.kernels.utility_rows")
-    for module, codes in ((reduce, native.poolings), (rows, native.utilities)):
+    integrals = importlib.import_module("shapleycam.kernels.quadrature_rows")
+    for module, codes in ((reduce, native.poolings), (rows, native.utilities), (integrals, native.utilities)):
         constants = {name.lower(): getattr(module, name).value for name in codes_in(module)}
         assert constants and constants.items() <= codes.items()
     assert list(sys.modules["shapleycam.ops.coefficients"].COEFFICIENTS) == list(shared.UTILITIES)
