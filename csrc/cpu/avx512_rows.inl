@@ -31,7 +31,7 @@ inline void pool_at(Load load, Lanes w, const E* a, Lanes& sum, Lanes& activatio
 template <bool kSecond, int kRow, typename E, typename Loop>
 inline Lanes channel_weight_of(const E* a, const E* g, const E* h, int64_t positions, Loop loop) {
   constexpr int64_t kRun = kTogether * kLanes;
-  double sum = 0, activations = 0;
+  float sum = 0, activations = 0;
   const auto every_run = [&](auto body) {
     for (int64_t s = 0; s < positions; s += kRun) body(s, positions - s < kRun ? positions - s : kRun);
   };
@@ -43,13 +43,13 @@ inline Lanes channel_weight_of(const E* a, const E* g, const E* h, int64_t posit
     });
   }
   every_run([&](int64_t s, int64_t count) {
-    Lanes part(0.0f), part_of_a(kRow == SHAPLEYCAM_PLUSPLUS ? static_cast<float>(activations) : 0.0f);
+    Lanes part(0.0f), part_of_a(kRow == SHAPLEYCAM_PLUSPLUS ? activations : 0.0f);
     loop(s, count,
          [&](int64_t i, auto load) { pool_at<kRow>(load, weight_at<kSecond>(load, g + i, h + i), a + i, part, part_of_a); });
     sum += sum_of_lanes(part);
     if constexpr (kRow == SHAPLEYCAM_ACTIVATION) activations += sum_of_lanes(part_of_a);
   });
-  return Lanes(static_cast<float>(channel_weight<kRow>(sum, activations, positions)));
+  return Lanes(channel_weight<kRow>(sum, activations, positions));
 }
 
 template <typename I, bool kSecond, int kRow>
@@ -109,19 +109,15 @@ void channels_last(const ReduceTask& t) {
     return static_cast<const E*>(v.data) + t.image * v.stride_n + t.first + s * v.stride_s;
   };
   if constexpr (kPools<kRow>) {
-    alignas(64) double sums[kBlock], sums_of_a[kBlock];
-    for (int64_t i = 0; i < t.channels; ++i) sums[i] = alpha[i] = 0;
-    if constexpr (kRow != SHAPLEYCAM_MEAN) {
-      for (int64_t i = 0; i < t.channels; ++i) sums_of_a[i] = activations[i] = 0;
-    }
+    alignas(64) double whole[kBlock], whole_of_a[kBlock];
+    for (int64_t i = 0; i < t.channels; ++i) alpha[i] = activations[i] = 0;
     if constexpr (kRow == SHAPLEYCAM_PLUSPLUS) {
       for (int64_t s = 0; s < t.positions; ++s) {
         const E* a = run(t.a, s);
         each<I>(t.channels,
                 [&](int64_t i, auto load, __mmask16 m) { write(activations + i, m, read(activations + i, m) + load(a + i)); });
-        if (full(s, t.positions)) put_by(sums_of_a, activations, t.channels);
+        put_by(s, t.positions, activations, whole_of_a, t.channels);
       }
-      for (int64_t i = 0; i < t.channels; ++i) activations[i] = static_cast<float>(sums_of_a[i]);
     }
     // Several positions to a pass, so that the running sums travel less. Measured on 40 images out of cache, one core: float32
     // gains a fifth by it, and halves, whose sums are twice as long as their rows, lose a third.
@@ -148,11 +144,10 @@ void channels_last(const ReduceTask& t) {
         write(alpha + i, m, sum);
         if constexpr (kRow == SHAPLEYCAM_ACTIVATION) write(activations + i, m, sum_of_a);
       });
-      if (!full(s + live - 1, t.positions)) continue;
-      put_by(sums, alpha, t.channels);
-      if constexpr (kRow == SHAPLEYCAM_ACTIVATION) put_by(sums_of_a, activations, t.channels);
+      put_by(s + live - 1, t.positions, alpha, whole, t.channels);
+      if constexpr (kRow == SHAPLEYCAM_ACTIVATION) put_by(s + live - 1, t.positions, activations, whole_of_a, t.channels);
     }
-    channel_weights(kRow, sums, sums_of_a, t.positions, t.channels, alpha);
+    channel_weights(kRow, alpha, activations, t.positions, t.channels);
   }
   for (int64_t s = 0; s < t.positions; ++s) {
     const E *a = run(t.a, s), *g = run(t.g, s), *h = kSecond ? run(t.h, s) : g;

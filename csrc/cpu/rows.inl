@@ -11,19 +11,22 @@
 namespace shapleycam {
 namespace SHAPLEYCAM_ARCH {
 
-// Positions whose terms are added in float32 before the sum is put by in float64: each rounds to a part of what the sum has
-// become, so that 12544 equal terms, added one to the other, were seen to be off by 1e-4 of it.
+// Positions whose terms are added in float32 before the sum is put by in float64: each rounds what the sum has become, so that
+// 12544 equal terms, added one to the other, were seen to be off by 1e-4 of it.
 constexpr int64_t kTogether = 128;
 
-// Adds the parts to their totals, and starts them anew.
+// After position s: puts the parts by where they are long enough, and leaves the whole sums in them after the last.
 template <typename T>
-inline void put_by(double* total, T* part, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) total[i] += part[i];
-  for (int64_t i = 0; i < count; ++i) part[i] = 0;
+inline void put_by(int64_t s, int64_t positions, T* part, double* whole, int64_t count) {
+  const bool last = s == positions - 1;
+  if (positions <= kTogether || (s % kTogether != kTogether - 1 && !last)) return;
+  if (s < kTogether) {
+    for (int64_t i = 0; i < count; ++i) whole[i] = part[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) whole[i] += part[i];
+  }
+  for (int64_t i = 0; i < count; ++i) part[i] = last ? static_cast<T>(whole[i]) : T(0);
 }
-
-// Whether the parts are to be put by after position s.
-inline bool full(int64_t s, int64_t positions) { return s % kTogether == kTogether - 1 || s == positions - 1; }
 
 // Calls body(Row<row>{}) in the rows that pool.
 template <typename Body>
@@ -45,11 +48,11 @@ inline void with_map_row(int32_t row, Body body) {
 // Adds one run of positions to the sums of one channel. Without a Hessian-vector product `h` points at zeros, here and below,
 // so that every row has one loop. `a` is read in "activation" only.
 template <typename T>
-inline void pool_positions(int32_t row, const T* a, const T* g, const T* h, int64_t count, double& sum, double& activations) {
+inline void pool_positions(int32_t row, const T* a, const T* g, const T* h, int64_t count, T& sum, T& activations) {
   with_pooling_row(row, [&](auto which) {
     constexpr int kRow = decltype(which)::value;
     constexpr bool kSums = kRow == SHAPLEYCAM_ACTIVATION;
-    T part = 0, part_of_a = kSums ? T(0) : static_cast<T>(activations);
+    T part = 0, part_of_a = kSums ? T(0) : activations;
     for (int64_t i = 0; i < count; ++i) pool<kRow>(weight(g[i], h[i]), kSums ? a[i] : T(0), part, part_of_a);
     sum += part;
     if (kSums) activations += part_of_a;
@@ -105,16 +108,13 @@ inline const T* load_h(const ReduceTask& t, int64_t offset, int64_t count, int64
   return t.h.data == nullptr ? scratch.zeros : load(t.h, offset, count, stride, scratch.h);
 }
 
-// The weights of channels from their sums.
+// The weights of channels in the place of their sums.
 template <typename T>
-inline void channel_weights(int32_t row, const double* sums, const double* activations, int64_t positions, int64_t count,
-                            T* alpha) {
+inline void channel_weights(int32_t row, T* sums, const T* activations, int64_t positions, int64_t count) {
   with_pooling_row(row, [&](auto which) {
     constexpr int kRow = decltype(which)::value;
-    for (int64_t i = 0; i < count; ++i) {
-      alpha[i] = channel_weight<kRow>(static_cast<T>(sums[i]),
-                                      kRow == SHAPLEYCAM_ACTIVATION ? static_cast<T>(activations[i]) : T(0), positions);
-    }
+    constexpr bool kSums = kRow == SHAPLEYCAM_ACTIVATION;
+    for (int64_t i = 0; i < count; ++i) sums[i] = channel_weight<kRow>(sums[i], kSums ? activations[i] : T(0), positions);
   });
 }
 
@@ -136,7 +136,7 @@ void reduce_channels_first(const ReduceTask& t, Scratch<T>& scratch) {
     const auto at_h = [&](int64_t s, int64_t k) { return load_h(t, oh + s * t.h.stride_s, k, t.h.stride_s, scratch); };
     T alpha = 0;
     if (pooled) {
-      double sum = 0, activations = 0;
+      T activations = 0;
       if (t.pooling == SHAPLEYCAM_PLUSPLUS) {
         every_run([&](int64_t s, int64_t k) {
           const T* a = at_a(s, k);
@@ -147,9 +147,9 @@ void reduce_channels_first(const ReduceTask& t, Scratch<T>& scratch) {
       }
       every_run([&](int64_t s, int64_t k) {
         const T *g = at_g(s, k), *h = at_h(s, k);
-        pool_positions(t.pooling, reads_a ? at_a(s, k) : g, g, h, k, sum, activations);
+        pool_positions(t.pooling, reads_a ? at_a(s, k) : g, g, h, k, alpha, activations);
       });
-      channel_weights(t.pooling, &sum, &activations, positions, 1, &alpha);
+      channel_weights(t.pooling, &alpha, &activations, positions, 1);
     }
     every_run([&](int64_t s, int64_t k) {
       const T* a = at_a(s, k);
@@ -172,27 +172,22 @@ void reduce_channels_last(const ReduceTask& t, Scratch<T>& scratch) {
   const auto at_h = [&](int64_t s) { return load_h(t, oh + s * t.h.stride_s, k, t.h.stride_c, scratch); };
   const bool pooled = pools(t.pooling), reads_a = t.pooling == SHAPLEYCAM_ACTIVATION;
   if (pooled) {
-    alignas(64) double sums[kBlock], sums_of_a[kBlock];
-    for (int64_t i = 0; i < k; ++i) sums[i] = alpha[i] = 0;
-    if (t.pooling != SHAPLEYCAM_MEAN) {
-      for (int64_t i = 0; i < k; ++i) sums_of_a[i] = activations[i] = 0;
-    }
+    alignas(64) double whole[kBlock], whole_of_a[kBlock];
+    for (int64_t i = 0; i < k; ++i) alpha[i] = activations[i] = 0;
     if (t.pooling == SHAPLEYCAM_PLUSPLUS) {
       for (int64_t s = 0; s < positions; ++s) {
         const T* a = at_a(s);
         for (int64_t i = 0; i < k; ++i) activations[i] += a[i];
-        if (full(s, positions)) put_by(sums_of_a, activations, k);
+        put_by(s, positions, activations, whole_of_a, k);
       }
-      for (int64_t i = 0; i < k; ++i) activations[i] = static_cast<T>(sums_of_a[i]);
     }
     for (int64_t s = 0; s < positions; ++s) {
       const T *g = at_g(s), *h = at_h(s);
       pool_channels(t.pooling, reads_a ? at_a(s) : g, g, h, k, alpha, activations);
-      if (!full(s, positions)) continue;
-      put_by(sums, alpha, k);
-      if (reads_a) put_by(sums_of_a, activations, k);
+      put_by(s, positions, alpha, whole, k);
+      if (reads_a) put_by(s, positions, activations, whole_of_a, k);
     }
-    channel_weights(t.pooling, sums, sums_of_a, positions, k, alpha);
+    channel_weights(t.pooling, alpha, activations, positions, k);
   }
   for (int64_t s = 0; s < positions; ++s) {
     const T* a = at_a(s);
