@@ -159,7 +159,9 @@ def forward_over_reverse(request: Request) -> Derivatives:
     parts: list[Derivatives] = []
     for layer in request.layers:
         one = replace(request, layers=[layer])
-        with _DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, dual=True) as capture:
+        # Whatever the caller switched off, forward mode among it, is on in there.
+        fresh = torch.inference_mode(False)
+        with fresh, _DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, dual=True) as capture:
             try:
                 outputs = capture.run(one.inputs)
                 found = one.start(capture, outputs, "forward_over_reverse")
