@@ -442,7 +442,11 @@ def test_an_explainer_checks_its_kernels(images):
         Explainer(model, check=7.0)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
+def no_forward_mode():
+    return torch.autograd.forward_ad._set_fwd_grad_enabled(False)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, no_forward_mode], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("engine", ["reverse_over_reverse", "forward_over_reverse"])
 @pytest.mark.parametrize("studied", [False, True])
 def test_the_callers_modes_change_nothing(context, engine, studied, batch):
@@ -453,7 +457,8 @@ def test_the_callers_modes_change_nothing(context, engine, studied, batch):
         explainer.prepare(batch)
     with context():
         found = explainer(batch).raw
-        assert not torch.is_grad_enabled() and torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+        assert torch.is_grad_enabled() == (context is no_forward_mode)
+        assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
     assert torch.equal(found, expected) and expected.any()
 
 

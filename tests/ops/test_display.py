@@ -39,6 +39,8 @@ def test_the_backends_that_must_be_here_are():
     renormalize=st.booleans(),
 )
 def test_display_map_on_every_backend(backend, grid, factor, batch, dtype, renormalize):
+    if backend == "triton" and DEVICE == "cpu" and len(grid) == 3:
+        grid = [min(g, 5) for g in grid]  # the interpreter is slow; up to 15 to the third is still more than a block
     raw = torch.randn(batch, *grid, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
     size = tuple(max(1, int(g * factor)) for g in grid)
     expected = ops.reference.display_map(raw.double(), size, renormalize)

@@ -170,7 +170,9 @@ def forward_over_reverse(request: Request) -> Derivatives:
         def tangent(activations: Tensor, name: str = name, module: nn.Module = module) -> Tensor:
             return request.direction(request.layout_of(name, module, activations, request.inputs.images), activations)
 
-        with _DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, tangent=tangent) as capture:
+        # Whatever the caller switched off, forward mode among it, is on in there.
+        fresh = torch.inference_mode(False)
+        with fresh, _DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, tangent=tangent) as capture:
             try:
                 outputs = capture.run(one.inputs)
                 found = one.start(capture, outputs, "forward_over_reverse")
