@@ -1,6 +1,7 @@
 """utility_rows with nodes, on every backend: against autograd along the path in float64, and on awkward arguments."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shapleycam import BackendError, DerivativeError, InputError, ops
-from shapleycam.ops.backends import LADDER
+from shapleycam.ops.backends import LADDER, Call, compiled
+from shapleycam.ops.backends.native import Native
 from shapleycam.ops.shared import MOST_NODES
 from shapleycam.ops.shared import UTILITIES as NAMES
 from shapleycam.utilities import UTILITIES
@@ -229,13 +231,19 @@ def test_it_compiles_without_graph_breaks_and_follows_its_nodes():
         torch.testing.assert_close(compiled(z, nodes), explain(z, nodes))
 
 
-def test_a_backend_without_it_says_so():
-    for rung in LADDER:
-        if rung.name not in BACKENDS:
-            with pytest.raises(BackendError, match="cannot serve quadrature_rows"):
-                ops.utility_rows(
-                    draw(1, 3), torch.zeros(1, 1, dtype=torch.int64), nodes=(0.5,), weights=(1.0,), backend=rung.name
-                )
+def test_an_extension_of_an_earlier_version_says_so(monkeypatch):
+    module = types.SimpleNamespace(cpu_operators=["utility_rows"], cpu_variant=lambda: "avx2", poolings={}, has_cuda=False)
+    monkeypatch.setattr(compiled, "native_module", lambda: module)
+    call = Call("quadrature_rows", "cpu", torch.float32)
+    earlier = Native()
+    assert earlier.can(call) == "it does not implement this operator"
+    assert earlier.can(call._replace(operator="utility_rows")) is None
+    monkeypatch.setattr(earlier, "name", "earlier", raising=False)
+    z, targets = draw(2, 5).cpu(), torch.tensor([[1], [4]])
+    with LADDER.holding(earlier):
+        with pytest.raises(BackendError, match="cannot serve quadrature_rows on cpu: it does not implement this operator"):
+            ops.utility_rows(z, targets, nodes=(0.5,), weights=(1.0,), backend="earlier")
+        assert ops.select("quadrature_rows", z) != "earlier"
 
 
 def test_bad_arguments():
