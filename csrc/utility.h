@@ -1,13 +1,8 @@
 // The four utilities in the logits, for every kernel that needs them.
 #pragma once
 
+#include "anywhere.h"
 #include "include/shapleycam.h"
-
-#if defined(__CUDACC__)
-#define SHAPLEYCAM_ANYWHERE __host__ __device__
-#else
-#define SHAPLEYCAM_ANYWHERE
-#endif
 
 namespace shapleycam {
 

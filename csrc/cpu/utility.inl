@@ -1,4 +1,4 @@
-// The weights of the logits for one image, compiled once per instruction set (included by rows.inl).
+// The weights of the logits for one image, compiled once per instruction set (included by kernels.inl).
 
 #include "exponential.inl"
 #include "quadrature.inl"
