@@ -1,6 +1,8 @@
 """Programs of real networks, through torch.export and ONNX Runtime, against float64."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +51,15 @@ def test_networks(name, tmp_path):
 def test_convnext_is_refused():
     with pytest.raises(ExportError, match="pool-and-linear"):
         Explainer(build("tv:convnext_tiny")).program(torch.randn(2, 3, SIZE, SIZE))
+
+
+def test_the_page_about_export(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    write, run = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(write, "export.md", "exec"), {"model": build("tv:resnet18"), "images": torch.randn(2, 3, SIZE, SIZE)})
+    names: dict = {}
+    exec(compile(run, "export.md", "exec"), names)
+    assert names["heatmap"].shape == (1, SIZE, SIZE) and names["prediction"].shape == (1, 1000)
