@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from .errors import (
         BackendError,
         DerivativeError,
+        ExportError,
         InputError,
         KernelMismatch,
         LayerError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from .methods.table import METHODS, Method
     from .model.layouts import Layout, ReshapeTransform
     from .ops import BackendStatus, backends
+    from .program import Explained, Program
     from .utilities.named import UTILITIES, Utility
 
 _HOMES = {
@@ -34,14 +36,17 @@ _HOMES = {
     "BackendStatus": "ops",
     "DerivativeError": "errors",
     "Diagnostics": "explanation",
+    "Explained": "program",
     "Explainer": "explainer",
     "Explanation": "explanation",
+    "ExportError": "errors",
     "InputError": "errors",
     "KernelMismatch": "errors",
     "LayerError": "errors",
     "Layout": "model.layouts",
     "Method": "methods.table",
     "ModelStateError": "errors",
+    "Program": "program",
     "ReshapeTransform": "model.layouts",
     "ShapleyCamError": "errors",
     "ShapleyCamWarning": "errors",
@@ -59,14 +64,17 @@ __all__ = [
     "BackendStatus",
     "DerivativeError",
     "Diagnostics",
+    "Explained",
     "Explainer",
     "Explanation",
+    "ExportError",
     "InputError",
     "KernelMismatch",
     "LayerError",
     "Layout",
     "Method",
     "ModelStateError",
+    "Program",
     "ReshapeTransform",
     "ShapleyCamError",
     "ShapleyCamWarning",

@@ -35,6 +35,10 @@ class BackendError(ShapleyCamError, RuntimeError):
     """An operator backend that was named explicitly cannot serve the call."""
 
 
+class ExportError(ShapleyCamError, RuntimeError):
+    """The explanation cannot be made into a program or a file: an unsupported head, method or engine, or a wrong result."""
+
+
 class KernelMismatch(ShapleyCamError, RuntimeError):
     """A fused operator's result differs from the reference's by more than the tolerance (:class:`shapleycam.ops.checking`).
 

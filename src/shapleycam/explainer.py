@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import ops
 from .derivatives import ENGINES, Derivatives, Terms
 from .derivatives.path import as_path
-from .errors import InputError, ModelStateError
+from .errors import ExportError, InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .methods.perturbation import SOURCES, ForwardPass, check_chunk
 from .methods.reduce import reduce
@@ -35,6 +35,7 @@ from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
 from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
+from .program import TOLERANCE, Program, errors
 from .utilities.named import Utility, UtilityFunction, get_utility
 from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
@@ -410,6 +411,69 @@ class Explainer:
                     except Outdated as again:
                         raise _unsteady(str(again)) from None
         return plan
+
+    def program(self, images: Tensor, *, targets: str = "predicted", size: str | int | Sequence[int] = "layer") -> Program:
+        """This explainer as a pure module ``(images, targets) -> Explained``, for ``torch.export`` and its like.
+
+        For pool-and-linear heads. It holds the very model, and is compared with this explainer on ``images``.
+
+        Args:
+            images: [N, channels, H, W] as for :meth:`__call__`; the program takes any number of images of their size.
+            targets: "predicted"; "given" for a second input, int64 [N] or [N, M], where -1 is the predicted class; or "all"
+                for the maps of all K classes, [N, K, *size].
+            size: of ``maps``: "layer" for the grid of the target layer, "image" for the images' own, or a size.
+
+        Raises:
+            ExportError: the head is not pool-and-linear, or the method, utility, engine or baseline is none that a program
+                has; or the program is off by more than 1e-4, relative.
+            InputError, LayerError, ModelStateError, DerivativeError: as :meth:`__call__`.
+        """
+        plan = self.prepare(images)
+        pooled, path = plan.facts.pooled, self._settings.path
+        if pooled is None:
+            raise ExportError(
+                f"A program needs a pool-and-linear head, and this one is not: {plan.facts.head}. Others are not supported: "
+                "name the layer that the last pooling reads, if there is one."
+            )
+        engine = plan.engine
+        if engine == "midpoint":
+            engine, path = "quadrature", replace(path, nodes=1)
+        reference = self(images)
+        layout: Layout = reference.diagnostics.layouts[0]
+        if size in ("layer", "image"):
+            wanted: Any = layout.grid if size == "layer" else reference.image_size
+        elif isinstance(size, str):
+            raise InputError(f"size must be 'layer', 'image', an int or a sequence of ints, got {size!r}.")
+        else:
+            wanted = reference._size(size)
+        program = Program(
+            self.model,
+            plan.layers[0][0],
+            next(name for name, module in self.model.named_modules() if module is pooled.linear),
+            layout,
+            self.method,
+            self.utility,
+            path,
+            engine,
+            images.shape[1:],
+            wanted,
+            targets,
+            plan.facts.writes,
+            self._settings.images_as,
+        )
+        raw, found = reference.raw, program(images)
+        if targets == "all":
+            assert found.logits is not None and reference.targets is not None
+            at = reference.targets[:, None]
+            found = found._replace(raw=found.raw[torch.arange(len(at), device=at.device), at[:, 0]])
+        assert reference.logits is not None
+        off = errors(found, reference.logits, raw)
+        if not max(off) <= TOLERANCE:
+            raise ExportError(
+                f"The program differs from the explainer: logits by {off[0]:.1e}, maps by {off[1]:.1e}, relative; at most "
+                f"{TOLERANCE:.0e} is allowed. Is the model the same in every call (in evaluation mode, without random parts)?"
+            )
+        return program
 
     def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
         """A call's arguments as one :class:`shapleycam.model.inputs.Inputs`, checked.
