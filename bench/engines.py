@@ -1,23 +1,19 @@
 """Is a map that is closer to the Shapley values better by the paper's own metrics? Usage:
 
-    python -m pip download --no-deps -d DIR foolbox gradio ultralytics
-    python -m bench.engines --extra DIR
+    python -m bench.engines [--folder DIR]
     python -m bench.engines --page
 
-Measures the embedded network's maps by every engine on the photographs of scikit-image (those of the demo), scikit-learn and
-the wheels in DIR, and writes bench/results/engines-adcc.json and docs/engines.md; with --page the page only, from the
-committed result. The wheels are read as archives: nothing of them is installed or run, and nothing is downloaded here.
+Measures the embedded network's maps by every engine on the photographs of scikit-image (those of the demo) and scikit-learn,
+which are free to use, and on those in DIR (a part of ImageNet, say), and writes bench/results/engines-adcc.json and
+docs/engines.md; with --page the page only, from the committed result. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import subprocess
-import zipfile
-from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,46 +34,28 @@ SEED, RESAMPLES, BATCH = 0, 2000, 8
 UTILITIES, LAYERS = ("rest", "probability"), ("auto", "features.16")
 NODES = (1, 2, 4, 8)
 PARTS = ("AD", "Coh", "Com", "IC", "ADD")
-#: the wheels' photographs: package -> patterns of the files in its wheel (no drawings, logos or copies)
-WHEELS = {
-    "foolbox": ("foolbox/data/imagenet_*.jpg",),
-    "gradio": (
-        "gradio/media_assets/images/cheetah*.jpg",
-        "gradio/media_assets/images/lion.jpg",
-        "gradio/media_assets/images/tower.jpg",
-        "gradio/test_data/cheetah2.jpg",
-    ),
-    "ultralytics": ("ultralytics/assets/*.jpg",),
-}
 #: what the packages say of their photographs' licences
 LICENCES = {
     "scikit-image": "public domain or CC0",
     "scikit-learn": "CC BY 2.0 (danielbuechele; vultilion)",
-    "foolbox": "the package: MIT; the photographs are ImageNet's, of which it says nothing more",
-    "gradio": "the package: Apache-2.0; nothing on the photographs",
-    "ultralytics": "the package: AGPL-3.0; nothing on the photographs",
+    "folder": "not known",
 }
 #: the methods whose second order is an engine's weight -> their first order
 FIRST = {"shapleycam": "gradcam", "shapleycam-h": "hirescam"}
 
 
-def pictures(extra: Path, classifier: Classifier) -> tuple[Tensor, list[dict[str, str]]]:
+def pictures(folder: Path | None, classifier: Classifier) -> tuple[Tensor, list[dict[str, str]]]:
     """The views uint8 [N, 3, H, W], and where each is from; a picture that is there twice is taken once."""
     import sklearn.datasets
 
     found: list[tuple[str, str, str, Any]] = [
         ("scikit-image", metadata.version("scikit-image"), file.name, file) for file in photographs()
     ]
-    folder = Path(sklearn.datasets.__file__).parent / "images"
-    found += [("scikit-learn", metadata.version("scikit-learn"), file.name, file) for file in sorted(folder.glob("*.jpg"))]
-    for package, patterns in WHEELS.items():
-        wheels = sorted(extra.glob(f"{package}-*.whl"))
-        if len(wheels) != 1:
-            raise SystemExit(f"{extra} has {len(wheels)} wheels of {package}, expected one; see the docstring for the command.")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            for name in sorted(archive.namelist()):
-                if any(fnmatch(name, pattern) for pattern in patterns):
-                    found.append((package, wheels[0].name.split("-")[1], name, io.BytesIO(archive.read(name))))
+    bundled = Path(sklearn.datasets.__file__).parent / "images"
+    found += [("scikit-learn", metadata.version("scikit-learn"), file.name, file) for file in sorted(bundled.glob("*.jpg"))]
+    if folder is not None:
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        found += [("folder", "", str(file.relative_to(folder)), file) for file in files]
     views, sources, seen = [], [], set()
     for package, version, name, source in found:
         view = classifier.preprocess.view(read_image(source))
@@ -96,9 +74,9 @@ def rows_of(layer: str) -> dict[str, tuple[str, ...]]:
     return {"expansion": expansion, **{f"quadrature {nodes}": methods for nodes in NODES}}
 
 
-def study(extra: Path) -> dict[str, Any]:
+def study(folder: Path | None) -> dict[str, Any]:
     classifier = load_classifier()
-    views, sources = pictures(extra, classifier)
+    views, sources = pictures(folder, classifier)
     images = classifier.preprocess.normalise(views)
     with torch.no_grad():
         logits = torch.cat([classifier.model(batch) for batch in images.split(BATCH)])
@@ -109,7 +87,9 @@ def study(extra: Path) -> dict[str, Any]:
             measured: dict[tuple[str, str], list[list[float]]] = {}
             maps: dict[tuple[str, str], list[Tensor]] = {}
             for engine, methods in rows_of(layer).items():
-                settings = {} if engine == "expansion" else {"engine": "quadrature", "nodes": int(engine.split()[1])}
+                settings: dict[str, Any] = (
+                    {} if engine == "expansion" else {"engine": "quadrature", "nodes": int(engine.split()[1])}
+                )
                 explainer = Explainer(classifier.model, layer, utility=utility, **settings)
                 for batch, classes in zip(images.split(BATCH), targets.split(BATCH), strict=True):
                     with torch.no_grad():
@@ -129,7 +109,7 @@ def study(extra: Path) -> dict[str, Any]:
             for (engine, method), parts in measured.items():
                 family = method if method in FIRST else next(name for name, first in FIRST.items() if first == method)
                 moved = (joined[engine, method] - joined["expansion", family]).abs().flatten(1).mean(1)
-                row = {"layer": layer, "utility": utility, "engine": engine, "method": method, "family": family}
+                row: dict[str, Any] = {"layer": layer, "utility": utility, "engine": engine, "method": method, "family": family}
                 results.append({**row, "parts": parts, "moved": moved.tolist()})
             print(layer, utility, flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -300,9 +280,11 @@ ShapleyCAM-H), at the layer of `layer="auto"` (`features`) and one block earlier
 AD, Coh, Com, IC and ADD are means over the photographs, in percent; ADCC is made of the means, as in the paper. The last two
 columns are differences of ADCC in points with 95 % intervals: the same {resamples} resamples of the photographs for all rows
 (seed {seed}), ADCC being made anew from the means of each. With so few photographs, which nobody drew at random, an interval
-says what another choice of such photographs might change, and nothing about ImageNet as a whole.
+says what another choice of such photographs might change, and nothing about ImageNet as a whole. Where the second order lies
+far below the first, as with `probability`, a gain over the second order alone says that the path repairs that loss, and not
+that its maps are better than GradCAM's: read both columns.
 
-{versions}, commit {commit}. Made by `python -m bench.engines --extra DIR` from a checkout, which writes
+{versions}, commit {commit}. Made by `python -m bench.engines` from a checkout, which writes
 `bench/results/engines-adcc.json`, and this page from it.
 
 {tables}
@@ -311,14 +293,14 @@ says what another choice of such photographs might change, and nothing about Ima
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--extra", type=Path, metavar="DIR", help="the folder with the wheels")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--folder", type=Path, metavar="DIR", help="more photographs")
     what.add_argument("--page", action="store_true", help="write the page from the committed result")
     arguments = parser.parse_args()
     if arguments.page:
         result = json.loads(RESULT.read_text())
     else:
-        result = study(arguments.extra)
+        result = study(arguments.folder)
         RESULT.write_text(json.dumps(result, ensure_ascii=False) + "\n")
     PAGE.write_text(page(result))
     print(reading(result))
