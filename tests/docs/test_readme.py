@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 10
 
 
@@ -49,7 +49,11 @@ def test_the_other_examples_run():
     torch.manual_seed(0)
     model = torchvision.models.resnet18().eval()
     names: dict = {"torch": torch, "model": model, "images": torch.randn(2, 3, 64, 64), "explainer": Explainer(model)}
-    _, drop_in, game = BLOCKS[2:]
+    path, _, drop_in, game = BLOCKS[2:]
+    for line in path.strip().splitlines():
+        given: dict = {"Explainer": Explainer, "model": model}
+        exec(compile(line, "README.md", "exec"), given)
+        assert given["explainer"](names["images"]).diagnostics.engine == "quadrature"
     exec(compile(drop_in, "README.md", "exec"), names)
     assert names["grayscale_cam"].shape == (2, 64, 64)
     names["images"] = torch.randn(1, 3, 128, 128)  # a map of 4 x 4, as many as the cells
