@@ -18,7 +18,8 @@ LAW = (
     ("model",),
     ("derivatives",),
     ("methods",),
-    ("plan", "program"),
+    ("plan",),
+    ("program",),
     ("explanation",),
     ("explainer",),
     ("smoothing", "shapley", "evaluate", "compat"),  # the uses

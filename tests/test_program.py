@@ -27,7 +27,7 @@ def images(count: int = 5, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(count, 3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.filterwarnings("ignore:The Hessian term is zero")
+@pytest.mark.filterwarnings("ignore:The Hessian term is zero", "ignore:The path says nothing")
 @pytest.mark.parametrize("engine", ["auto", "quadrature", "midpoint"])
 @pytest.mark.parametrize("utility", UTILITIES)
 @pytest.mark.parametrize("method", METHODS_OF_PROGRAMS)

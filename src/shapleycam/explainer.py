@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import ops
 from .derivatives import ENGINES, Derivatives, Terms
 from .derivatives.path import as_path
-from .errors import ExportError, InputError, ModelStateError
+from .errors import InputError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .methods.perturbation import SOURCES, ForwardPass, check_chunk
 from .methods.reduce import reduce
@@ -35,7 +35,7 @@ from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
 from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
-from .program import TOLERANCE, Program, errors
+from .program import Program, build
 from .utilities.named import Utility, UtilityFunction, get_utility
 from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
@@ -66,7 +66,7 @@ class Explainer:
         backend: "auto", or "cuda", "triton", "native", "torch"; an explicit choice never falls back.
         layout: "auto"; a kind such as "NHWC" or "NTC"; a :class:`shapleycam.Layout`; or a
             :class:`shapleycam.ReshapeTransform` around a function to [N, C, *grid].
-        seed: the seed of RandomCAM.
+        seed: of RandomCAM's random numbers, and of the masks of quadrature.
         chunk: how many masked images (ScoreCAM) or altered activations (AblationCAM) go through the model at once; None for a
             number that suits the device and their size.
         images_as: the keyword under which the model takes the images ("pixel_values"), where they are not its first
@@ -82,9 +82,11 @@ class Explainer:
             tensor that broadcasts to the activations as [N, C, S]. The maps attribute A - baseline, the Hessian-vector product
             is taken with it, and quadrature's path starts there. With any but "zero", and with quadrature always, prefix
             tokens stay as they are.
-        nodes: of engine "quadrature": how many Gauss-Legendre nodes, 1 to 32 (4 by default); or "auto", which doubles them
-            until the completeness gap of every image is below ``tolerance`` (behind a pool-and-linear head one device
-            synchronisation per call, elsewhere one per doubling).
+        nodes: of engine "quadrature": how many Gauss-Legendre nodes, 1 to 32 (4 by default). Where the head reads one target
+            layer and nothing else, they go through it behind the images' own trunk; with several target layers, or a path
+            around the layer, every node (and mask) is a pass of the whole model. Or "auto", which doubles them until the
+            completeness gap of every image is below ``tolerance`` (behind a pool-and-linear head one device synchronisation
+            per call, elsewhere one per doubling).
         tolerance: of ``nodes="auto"``: the completeness gap relative to |U(A) - U(B)|, 1e-3 by default.
         masks: of engine "quadrature": read the gradients at every node where each position is kept with probability t and
             shows the baseline else, this many random masks a node (even, 4 or more; seeded by ``seed``), instead of at the
@@ -156,11 +158,12 @@ class Explainer:
         self._facts: Facts | None = None
         self._plans: dict[int, Plan] = {}  # by the order of the derivatives
         self._lock = threading.RLock()
+        self._said: set[str] = set()
         self._generator: torch.Generator | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: all but what was learned about the model, which it learns again."""
-        learned = ("_mode", "_facts", "_plans", "_lock", "_generator")
+        learned = ("_mode", "_facts", "_plans", "_lock", "_said", "_generator")
         return {name: value for name, value in self.__dict__.items() if name not in learned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -263,6 +266,13 @@ class Explainer:
         if 0 in orders and not self._settings.path.from_zero:
             [name, *_] = [method.name for method in methods if not method.order]
             raise InputError(f"Method {name!r} has no derivatives, and no baseline: use baseline='zero', or another method.")
+        if self._settings.path.start == "mean":
+            for method in methods:
+                if method.pooling == "activation":
+                    raise InputError(
+                        f"Method {method.name!r} divides by the sum of A - baseline over the positions, which is zero for "
+                        "baseline='mean': its map would be rounding. Use 'shapleycam' or 'shapleycam-h', or another baseline."
+                    )
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
         with _out_of_inference(), explained_by_state(self.model), self._checking or _NOTHING:
@@ -271,8 +281,15 @@ class Explainer:
             with torch.set_grad_enabled(False):
                 found.mark_images(inputs.images)
                 for note in found.notes:
-                    warn(note)
+                    self._say(note)
                 return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
+
+    def _say(self, note: str) -> None:
+        """Warn of something once; the explanations' notes repeat it."""
+        if note not in self._said:
+            if len(self._said) < 64:  # notes that name images are ever new
+                self._said.add(note)
+            warn(note)
 
     def _check(self, inputs: Inputs, targets: Any) -> None:
         try:
@@ -428,52 +445,7 @@ class Explainer:
                 has; or the program is off by more than 1e-4, relative.
             InputError, LayerError, ModelStateError, DerivativeError: as :meth:`__call__`.
         """
-        plan = self.prepare(images)
-        pooled, path = plan.facts.pooled, self._settings.path
-        if pooled is None:
-            raise ExportError(
-                f"A program needs a pool-and-linear head, and this one is not: {plan.facts.head}. Others are not supported: "
-                "name the layer that the last pooling reads, if there is one."
-            )
-        engine = plan.engine
-        if engine == "midpoint":
-            engine, path = "quadrature", replace(path, nodes=1)
-        reference = self(images)
-        layout: Layout = reference.diagnostics.layouts[0]
-        if size in ("layer", "image"):
-            wanted: Any = layout.grid if size == "layer" else reference.image_size
-        elif isinstance(size, str):
-            raise InputError(f"size must be 'layer', 'image', an int or a sequence of ints, got {size!r}.")
-        else:
-            wanted = reference._size(size)
-        program = Program(
-            self.model,
-            plan.layers[0][0],
-            next(name for name, module in self.model.named_modules() if module is pooled.linear),
-            layout,
-            self.method,
-            self.utility,
-            path,
-            engine,
-            images.shape[1:],
-            wanted,
-            targets,
-            plan.facts.writes,
-            self._settings.images_as,
-        )
-        raw, found = reference.raw, program(images)
-        if targets == "all":
-            assert found.logits is not None and reference.targets is not None
-            at = reference.targets[:, None]
-            found = found._replace(raw=found.raw[torch.arange(len(at), device=at.device), at[:, 0]])
-        assert reference.logits is not None
-        off = errors(found, reference.logits, raw)
-        if not max(off) <= TOLERANCE:
-            raise ExportError(
-                f"The program differs from the explainer: logits by {off[0]:.1e}, maps by {off[1]:.1e}, relative; at most "
-                f"{TOLERANCE:.0e} is allowed. Is the model the same in every call (in evaluation mode, without random parts)?"
-            )
-        return program
+        return build(self._settings, self.prepare(images), self, images, targets, size)
 
     def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
         """A call's arguments as one :class:`shapleycam.model.inputs.Inputs`, checked.

@@ -19,7 +19,7 @@ from .derivatives import ENGINES, PATH_ENGINES, Derivatives, Request, activation
 from .derivatives.closed_form import by_autograd, logit_derivatives
 from .derivatives.path import Path
 from .derivatives.quadrature import head_rows
-from .derivatives.terms import HeadRows
+from .derivatives.terms import HeadRows, Terms
 from .errors import DerivativeError, InputError, ModelStateError, ShapleyCamError, ShapleyCamWarning
 from .methods.table import Method
 from .model.capture import Capture
@@ -283,18 +283,33 @@ def choose(settings: Settings, facts: Facts, inputs: Inputs, targets: Tensor | N
             trial = plan.run(plan.request(settings, inputs, targets, find_cuts=True))
         except DerivativeError:
             raise first from None
-    if plan.engine not in PATH_ENGINES and (settings.utility.name == "logit" or not settings.utility.named):
-        flat = all(h is None or not bool(h.any()) for term in trial.terms for h in term.hvps)
+    if settings.utility.name == "logit" or not settings.utility.named:
+        flat = all(_flat(term, m) for term in trial.terms for m in range(trial.classes))
         alive = any(bool(g.any()) for term in trial.terms for g in term.gradients)
         if flat and alive:
             title = settings.method.title if settings.method.order == 2 else "a second-order method"
+            name = settings.utility.name
             note = (
-                f"The Hessian term is zero: utility {settings.utility.name!r} over this head is piecewise linear in the "
-                f"activations, so {title} equals its first-order counterpart. Use utility='rest'."
+                f"The Hessian term is zero: utility {name!r} over this head is piecewise linear in the activations, so {title} "
+                "equals its first-order counterpart. Use utility='rest'."
             )
+            if plan.engine in PATH_ENGINES:
+                note = (
+                    f"The path says nothing beyond the gradient: utility {name!r} over this head is linear from the "
+                    f"baseline to the activations, so {title} equals its first-order counterpart. Use utility='rest', or "
+                    "another baseline."
+                )
             warn(note)
             plan = replace(plan, notes=(note,))
     return plan
+
+
+def _flat(term: Terms, m: int) -> bool:
+    """Whether the second order, or what the path says beyond the gradient at A, is nothing; of a path, to rounding."""
+    hvp = term.second_order(m)
+    if hvp is None or not bool(hvp.any()):
+        return True
+    return bool(term.integrated) and bool(hvp.norm() <= 1e2 * torch.finfo(hvp.dtype).eps * term.gradients[m].norm())
 
 
 def _check_whole(model: nn.Module) -> None:

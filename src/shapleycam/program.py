@@ -9,7 +9,8 @@ class or for all of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from .model.layouts import Layout
 from .model.state import ModeCheck
 from .ops import reference
 from .ops.coefficients import Coefficients
+from .plan import Plan, Settings
 from .utilities.named import Utility
 
 #: What a program may be asked to explain: the predicted class, the classes it is given, or all classes.
@@ -288,9 +290,71 @@ def _pooled(pooling: str, w: Tensor, a: Tensor) -> Tensor:
     return torch.matmul(w, a)
 
 
-def errors(got: Explained, logits: Tensor, raw: Tensor) -> tuple[float, float]:
-    """The relative errors of logits and raw maps, the worst image's, relative to its largest value; NaN must meet NaN."""
-    return _off(got.logits, logits), _off(got.raw, raw)
+def build(
+    settings: Settings,
+    plan: Plan,
+    explain: Callable[..., Any],
+    images: Tensor,
+    targets: str,
+    size: str | int | Sequence[int],
+) -> Program:
+    """The program of a studied explainer, compared with it; arguments and errors as :meth:`shapleycam.Explainer.program`.
+
+    Args:
+        settings, plan: of the explainer.
+        explain: the explainer, ``(images, targets) -> Explanation``.
+        images, targets, size: as there.
+    """
+    pooled, path, engine = plan.facts.pooled, settings.path, plan.engine
+    if pooled is None:
+        raise ExportError(
+            f"A program needs a pool-and-linear head, and this one is not: {plan.facts.head}. Others are not supported: "
+            "name the layer that the last pooling reads, if there is one."
+        )
+    if engine == "midpoint":
+        engine, path = "quadrature", replace(path, nodes=1)
+    expected = explain(images, None)
+    layout: Layout = expected.diagnostics.layouts[0]
+    program = Program(
+        settings.model,
+        plan.layers[0][0],
+        next(name for name, module in settings.model.named_modules() if module is pooled.linear),
+        layout,
+        settings.method,
+        settings.utility,
+        path,
+        engine,
+        images.shape[1:],
+        _size(size, layout.grid, expected.image_size),
+        targets,
+        plan.facts.writes,
+        settings.images_as,
+    )
+    found = program(images)
+    if targets != "predicted":
+        # The predicted class, and the first and the last: what is given and what is gathered must be what is meant.
+        last = torch.full_like(expected.targets, expected.logits.shape[1] - 1)
+        classes = torch.stack((expected.targets, torch.zeros_like(last), last), 1)
+        expected = explain(images, classes)
+        found = program(images, classes) if targets == "given" else found
+        if targets == "all":
+            found = found._replace(raw=found.raw[torch.arange(len(classes), device=classes.device)[:, None], classes])
+    off = _off(found.logits, expected.logits), _off(found.raw, expected.raw)
+    if not max(off) <= TOLERANCE:
+        raise ExportError(
+            f"The program differs from the explainer: logits by {off[0]:.1e}, maps by {off[1]:.1e}, relative; at most "
+            f"{TOLERANCE:.0e} is allowed. Is the model the same in every call (in evaluation mode, without random parts)?"
+        )
+    return program
+
+
+def _size(size: str | int | Sequence[int], grid: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...]:
+    if size in ("layer", "image"):
+        return grid if size == "layer" else image
+    wanted = (size,) * len(grid) if isinstance(size, int) else size if isinstance(size, str) else tuple(size)
+    if isinstance(wanted, str) or len(wanted) != len(grid) or any(not isinstance(s, int) or s < 1 for s in wanted):
+        raise InputError(f"size must be 'layer', 'image', or {len(grid)} positive integers, got {size!r}.")
+    return wanted
 
 
 def _off(got: Tensor, expected: Tensor) -> float:

@@ -51,6 +51,7 @@ def by_hand(model, images, nodes, utility, targets, baseline="zero", prefix=0):
     return paid.sum(2) if a.ndim == 3 else paid.flatten(2).sum(1)
 
 
+@pytest.mark.filterwarnings("ignore:The path says nothing")
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("utility", list(UTILITIES))
 @pytest.mark.parametrize("baseline", ["zero", "mean"])
@@ -325,12 +326,20 @@ def test_compare_gives_first_and_second_order_methods_their_own():
         assert both["hirescam"].diagnostics.nodes is None
 
 
-def test_norms_compare_the_path_with_the_gradient():
-    model, images = live("pool-linear"), torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    found = Explainer(model, "target", "shapleycam-h", engine="quadrature", nodes=4)(images, with_norms=True)
-    g = Explainer(model, "target", "gradcam")(images)
-    assert torch.isfinite(found.hvp_ratio).all() and (found.hvp_ratio > 0).all()
-    assert g.raw.shape == found.raw.shape
+@pytest.mark.parametrize("name", ["pool-linear", "conv-bn-silu"])
+def test_norms_compare_the_path_with_the_gradient(name):
+    model, images = live(name), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    a = model.target(images).detach()
+    targets = torch.tensor([1, 3])
+
+    def gradient(t):
+        leaf = (a * t).requires_grad_(True)
+        return torch.autograd.grad(UTILITIES["rest"].value(model.head(leaf), targets).sum(), leaf)[0].flatten(1)
+
+    g, w = gradient(1.0), (gradient(0.5 - 3**-0.5 / 2) + gradient(0.5 + 3**-0.5 / 2)) / 2
+    found = Explainer(model, "target", "shapleycam-h", engine="quadrature", nodes=2)(images, targets, with_norms=True)
+    expected = 2 * (g - w).norm(dim=1) / g.norm(dim=1)
+    assert torch.allclose(found.hvp_ratio.double(), expected, rtol=1e-5)  # norms are float32
 
 
 def test_automatic_nodes_stop_at_the_tolerance_and_say_where():
@@ -357,7 +366,7 @@ def test_automatic_nodes_stop_at_the_tolerance_and_say_where():
 class Step(nn.Module):
     def forward(self, a):
         s = a.flatten(1).sum(1)
-        return torch.stack(((s - 1).sign() * 3 + s, -s), 1)
+        return torch.stack(((1e5 * (s - 1)).atan() * 3 + s, -s), 1)
 
 
 def test_a_tolerance_that_is_not_reached_is_said():
@@ -365,7 +374,10 @@ def test_a_tolerance_that_is_not_reached_is_said():
     explainer = Explainer(Split(Pick(a), Step()).eval(), "target", "shapleycam-h", "logit", engine="quadrature", nodes="auto")
     images = torch.zeros(2, 3, 2, 2, dtype=torch.float64)
     with pytest.warns(ShapleyCamWarning, match="above the tolerance of 0.001 with 32 nodes"):
-        found = explainer(images, 0)
+        explainer(images, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = explainer(images, 0)  # said once
     assert found.diagnostics.nodes == 32
     assert any("above the tolerance" in note for note in found.diagnostics.notes)
     assert (found.gap.abs() > 1).all()
@@ -418,6 +430,51 @@ def test_a_method_without_derivatives_has_no_baseline():
     explainer = Explainer(live("pool-linear"), "target", "eigencam", baseline="mean")
     with pytest.raises(InputError, match="'eigencam' has no derivatives, and no baseline"):
         explainer(torch.randn(2, 3, 4, 4, dtype=torch.float64))
+
+
+def test_a_path_that_says_nothing_is_said():
+    """A logit over a pool-and-linear head: the gradient is the same everywhere."""
+    images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for engine in ("quadrature", "midpoint"):
+        with pytest.warns(ShapleyCamWarning, match="says nothing beyond the gradient.*ShapleyCAM-H equals its first-order"):
+            found = Explainer(live("pool-linear"), "target", "shapleycam-h", "logit", engine=engine)(images)
+        plain = Explainer(live("pool-linear"), "target", "hirescam", "logit")(images)
+        assert torch.allclose(found.raw, plain.raw, rtol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Explainer(live("conv-bn-silu"), "target", "shapleycam-h", "logit", engine="quadrature")(images)
+
+
+@pytest.mark.parametrize("method", ["shapleycam-x", "xgradcam"])
+def test_a_row_that_would_divide_by_nothing_is_refused(method):
+    explainer = Explainer(live("conv-bn-silu"), "target", method, baseline="mean")
+    with pytest.raises(InputError, match="which is zero for baseline='mean'"):
+        explainer(torch.randn(2, 3, 4, 4, dtype=torch.float64))
+
+
+class Pyramid(nn.Module):
+    """Two target layers beside each other, on different grids."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 2, stride=2)
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+
+    def forward(self, images):
+        return self.head(torch.cat((self.fine(images).mean((2, 3)), self.coarse(images).amax((2, 3))), 1))
+
+
+def test_layers_on_different_grids():
+    torch.manual_seed(0)
+    model, images = Pyramid().double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    settings = {"layer": ["fine", "coarse"], "method": "shapleycam-h", "engine": "quadrature", "nodes": 8}
+    raws = Explainer(model, **settings)(images, 1).raws
+    value, target = UTILITIES["rest"].value, torch.tensor([1, 1])
+    empty = model.head(torch.zeros(2, 8, dtype=torch.float64))
+    span = value(model(images), target) - value(empty, target)
+    assert torch.allclose(sum(raw.flatten(1).sum(1) for raw in raws), span, rtol=1e-6)
+    with pytest.raises(InputError, match=r"theirs are \(2, 2\), \(4, 4\)"):
+        Explainer(model, **settings, masks=4)(images, 1)
 
 
 def test_a_transform_that_computes_takes_the_baseline_zero_only():

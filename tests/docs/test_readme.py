@@ -1,5 +1,6 @@
 """What the README says is so: its code runs, its tables are those of the package, its links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -59,6 +60,27 @@ def test_the_other_examples_run():
     names["images"] = torch.randn(1, 3, 128, 128)  # a map of 4 x 4, as many as the cells
     exec(compile(game, "README.md", "exec"), names)
     assert names["oracle"].values.shape == (1, 16)
+
+
+def test_the_figures_of_the_path_are_those_of_the_study():
+    rows = json.loads((ROOT / "bench" / "results" / "agreement-heads.json").read_text())["heads"]
+
+    def error(network, baseline, way):
+        [row] = [r for r in rows if (f"{r['network']} {r['layer']}", r["baseline"]) == (network, baseline)]
+        return f"{sorted(row[way]['error'])[1]:.3f}"
+
+    said = {
+        "tv:resnet18 layer4": [("zero", "first order"), ("zero", "second order"), ("zero", "K=4")],
+        "timm:swin_tiny_patch4_window7_224 layers.3.blocks.0": [
+            ("zero", "first order"),
+            ("zero", "second order"),
+            ("mean", "K=4"),
+        ],
+        "tv:vgg11 features": [("zero", "first order"), ("zero", "second order"), ("mean", "K=4, 16 masks")],
+    }
+    figures = [error(network, *place) for network, places in said.items() for place in places]
+    [sentence] = re.findall(r"The relative error to the exact Shapley values.*?`features`\.", TEXT, re.DOTALL)
+    assert re.findall(r"\d\.\d{3}", sentence) == figures
 
 
 def test_the_method_table_is_the_packages():

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.layouts import Layout, Transformed
+from ..ops.shared import MOST_NODES
 
 BASELINES = ("zero", "mean")
-#: More nodes than this would only add up rounding errors.
-MOST_NODES = 32
 #: The completeness gap that ``nodes="auto"`` stops at, relative to |U(A) - U(B)|.
 DEFAULT_TOLERANCE = 1e-3
 
@@ -108,7 +107,7 @@ def check_baseline(baseline: str | Tensor) -> str | Tensor:
                 f"{baseline.dtype} {tuple(baseline.shape)}."
             )
         return baseline.detach()
-    if baseline not in BASELINES:
+    if not isinstance(baseline, str) or baseline not in BASELINES:
         raise InputError(f"Unknown baseline {baseline!r}: expected {', '.join(map(repr, BASELINES))} or a tensor.")
     return baseline
 
@@ -124,7 +123,8 @@ def background(baseline: str | Tensor, activations: Tensor) -> Tensor:
             return baseline.to(activations.device, activations.dtype).expand_as(activations)
         except RuntimeError as error:
             raise InputError(
-                f"baseline must broadcast to the activations {tuple(activations.shape)}, got {tuple(baseline.shape)}."
+                f"baseline must broadcast to the activations [N, {', '.join(map(str, activations.shape[1:]))}], N the number "
+                f"of images; got {tuple(baseline.shape)}."
             ) from error
     check_baseline(baseline)
     if baseline == "zero":

@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_map_only
 from .. import ops
 from ..errors import InputError
 from ..model.head import Head
+from ..ops.shared import MOST_NODES
 from ..utilities.named import Utility
-from .autograd import explain, reverse_over_reverse, still
+from .autograd import explain, still
 from .closed_form import add_values, by_autograd, combine, forward, logits_at_baseline
 from .closed_form import closed_form as _closed_form
+from .features import reverse_over_reverse
 from .integral import Integral, Point, utilities_and_gradients
-from .path import MOST_NODES, gauss_legendre
+from .path import gauss_legendre
 from .terms import Derivatives, HeadRows, Request
 
 # Completeness gaps below this share of |U(A)| + |U(B)| are rounding.
@@ -177,7 +179,7 @@ def _any_head(request: Request) -> Derivatives:
                     integral.run(todo[first : first + together], found.targets)
                 for i, term in enumerate(integral.terms):
                     term.integrated = integral.weights(i, found.classes)
-                _look(found, integral, count)
+                _look(found, integral)
             if with_gap and not index:
                 value, reached_points = integrals[0].values()
                 [start] = [t for t, point in enumerate(reached_points) if not point.share]
@@ -237,7 +239,7 @@ def _first_pass(request: Request, count: int, with_gap: bool) -> tuple[Derivativ
         found = request.start(capture, kept, "quadrature", terms)
         if part or not request.weights_only:
             values, gradients = utilities_and_gradients(request, capture, outputs, found.targets, copies)
-            for layers in gradients:
+            for layers in gradients if not request.weights_only else ():
                 for term, gradient in zip(terms, layers, strict=True):
                     term.gradients.append(term.layout.view(gradient[:batch]))
             if part:
@@ -254,11 +256,17 @@ def _groups(request: Request, raws: list[Tensor]) -> list[Integral]:
     assert request.rows is not None
     terms = [request.term(*layer, raw) for layer, raw in zip(request.layers, raws, strict=True)]
     if not request.rows.apart:
+        grids = {term.layout.grid for term in terms}
+        if request.path.masks and len(grids) > 1:
+            raise InputError(
+                f"masks= keeps the same positions in all target layers, but theirs are {', '.join(map(str, sorted(grids)))}: "
+                "explain them one by one, or without masks."
+            )
         return [Integral(request, list(request.layers), raws, terms)]
     return [Integral(request, [layer], [raw], [term]) for layer, raw, term in zip(request.layers, raws, terms, strict=True)]
 
 
-def _look(found: Derivatives, integral: Integral, count: int) -> None:
+def _look(found: Derivatives, integral: Integral) -> None:
     """Mark images whose utility is not finite somewhere on the path, and say where."""
     values, at = integral.values()
     assert found.value is not None
