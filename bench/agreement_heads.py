@@ -194,7 +194,8 @@ ReST, predicted classes. Every node and mask is a pass of the head; `baseline` a
 
 {heads}
 
-Single positions by {orders} random orders, each with its reverse, and single elements behind the small heads of the tests, exactly:
+Single positions by {orders} random orders, each with its reverse, and single elements behind the small heads of the tests,
+exactly:
 
 {large}
 
