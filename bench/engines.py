@@ -189,18 +189,13 @@ def shown(comparison: dict[str, Any]) -> str:
 
 def reading(result: dict[str, Any]) -> str:
     second, first = of_path(result, "second order"), of_path(result, "first order")
-    said = [verdict(c) for c in second]
-    up, down = said.count("higher"), said.count("lower")
-    if not up and not down:
-        answer = "**Not distinguishable.** No interval of the quadrature against the second order leaves zero out"
-    elif up and not down:
-        answer = "**Partly yes.** Where the quadrature can be told from the second order, its ADCC is higher"
-    elif down and not up:
-        answer = "**No.** Where the quadrature can be told from the second order, its ADCC is lower"
+    both = [{verdict(c) for c in found} for found in (second, first)]
+    if all("higher" in said and "lower" not in said for said in both):
+        answer = "**Yes, where it can be told.** The quadrature's ADCC against the second order"
     else:
-        answer = "**It depends on the place.** The quadrature's ADCC is higher than the second order's in some, lower in others"
+        answer = "**There is no general yes.** The quadrature's ADCC against the second order"
     lines = [
-        f"{answer}: {counted(second)} comparisons; against the first order {counted(first)}. The intervals are not corrected "
+        f"{answer}: {counted(second)} comparisons; against the first order: {counted(first)}. The intervals are not corrected "
         "for their number, and rows of one layer and utility are not independent.",
         "",
     ]
