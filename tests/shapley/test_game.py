@@ -247,7 +247,7 @@ def test_bad_input(images: Tensor) -> None:
         ({"players": "channels", "cells": 9}, "1 to 2 groups"),
         ({"players": "elements", "cells": 2}, "nothing to pool"),
         ({"baseline": "blur"}, "Unknown baseline 'blur'"),
-        ({"baseline": torch.zeros(7)}, r"broadcast to the activations \(2, 2, 4\), got \(7,\)"),
+        ({"baseline": torch.zeros(7)}, r"broadcast to the activations \[N, 2, 4\], .*; got \(7,\)"),
         ({"chunk": 0}, "chunk must be"),
         ({"targets": torch.zeros(2, 2, dtype=torch.int64)}, "one class per image"),
     ]:
