@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint format bench parity picture ci clean
+.PHONY: help install demo test long quick lint format bench parity picture ci clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,11 +21,14 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(CPP)
 demo: $(STAMP)  ## Explain five photographs; prints where the contact sheet is
 	$(BIN)/shapleycam demo
 
-test: $(STAMP)  ## The whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## The whole test suite, on two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+long: $(STAMP)  ## The tests of minutes, of which the suite has a short form
+	$(BIN)/python -m pytest -m long
 
 quick: $(STAMP)  ## Within a minute: the tests without the Triton interpreter, large networks and processes of their own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not interpreter and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not interpreter and not gpu and not long"
 
 lint: $(STAMP)  ## What CI checks: ruff, ruff format, mypy, clang-format
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ def test_explanations():
     for case in cases:
         row = (
             f"| {case['model']} | {case['layout']} | {case['batch']} | {case['ours_over_forward']:.3f} | "
-            f"{case['autograd_over_forward']:.3f} | {case['grad_cam_over_forward']:.2f} | "
+            f"{case['quadrature_over_ours']:.3f} | {case['autograd_over_forward']:.3f} | {case['grad_cam_over_forward']:.2f} | "
             f"{case['grad_cam_over_ours']:.2f} | {case['peak_over_forward']:.2f} |"
         )
         assert row in readme, row

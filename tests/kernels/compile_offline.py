@@ -161,8 +161,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "overlay", lambda: overlay(torch.float32, False, 33)
 
 
-def compile_for(name: str) -> dict[str, object]:
-    """Compile every variant for one target; the numbers of calls and of different binaries, by operator."""
+def compile_for(name: str, every: int = 1) -> dict[str, object]:
+    """Compile every variant for one target, or one call in so many; numbers of calls and of different binaries, by operator."""
     target = TARGETS[name]
     triton.runtime.driver.set_active(Driver(target))
     made: dict[str, str] = {}
@@ -178,7 +178,7 @@ def compile_for(name: str) -> dict[str, object]:
 
     started = time.perf_counter()
     JITFunction.run = compile_only
-    for operator, call in calls():
+    for operator, call in itertools.islice(calls(), 0, None, every):
         asked[operator] += 1
         call()
     seconds = round(time.perf_counter() - started, 1)
@@ -189,9 +189,9 @@ def main(names: list[str]) -> None:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("TRITON_INTERPRET is set: the kernels would be interpreted, not compiled. Unset it.")
     # One target to a process: a kernel keeps the compiler of its first one.
-    if len(names) != 1 or names[0] not in TARGETS:
-        sys.exit(f"One target is needed, of: {', '.join(TARGETS)}.")
-    print(json.dumps(compile_for(names[0])))
+    if not 1 <= len(names) <= 2 or names[0] not in TARGETS or not all(step.isdigit() and int(step) for step in names[1:]):
+        sys.exit(f"One target is needed, of: {', '.join(TARGETS)}; and perhaps a number: only one call in so many.")
+    print(json.dumps(compile_for(names[0], *map(int, names[1:]))))
 
 
 if __name__ == "__main__":
