@@ -1,6 +1,7 @@
 """How close attribution maps come to the Shapley values. Usage: python -m bench.agreement [--page]
 
-Writes bench/results/agreement.json, docs/agreement.md (from the JSON) and docs/pictures/agreement.png; with --page the page and the picture only, from the committed result.
+Writes bench/results/agreement.json, docs/agreement.md (from the JSON) and docs/pictures/agreement.png; with --page the page
+and the picture only, from the committed result.
 """
 
 from __future__ import annotations
@@ -318,7 +319,8 @@ def reading(result: dict[str, Any]) -> str:
   every node. Measured on {norm["network"]} at `{norm["layer"]}`, in float64: at most {left:.0e} of Σ |A·w| is left
   (what is, comes from the norm's epsilon), while the Shapley values of the cells are {min(norm["values_over_total"]):.2f} to
   {max(norm["values_over_total"]):.2f} of U(A) − U(0) in length. HiResCAM and ShapleyCAM-H draw rounding there; the norm's
-  own output has no such invariance, and another baseline than zero mends it: [agreement-heads.md](agreement-heads.md) says which for which head."""
+  own output has no such invariance, and another baseline than zero mends it:
+  [agreement-heads.md](agreement-heads.md) says which for which head."""
 
 
 TEXT = """\
