@@ -60,7 +60,8 @@ class Explainer:
         layer: "auto"; a module; a dotted name ("layer4.2", "layer4[-1]"); or a list of them, whose maps are averaged.
         method: an entry of :data:`shapleycam.METHODS`, by name.
         utility: an entry of :data:`shapleycam.UTILITIES`, or a callable ``(outputs, targets [N]) -> [N]``.
-        engine: "auto", or "closed_form", "reverse_over_reverse", "forward_over_reverse"; "quadrature", which puts the mean
+        engine: "auto", or an exact one: "closed_form" (a pool-and-linear head), "gauss_newton" (one target layer behind which
+            the logits are piecewise linear), "reverse_over_reverse", "forward_over_reverse"; "quadrature", which puts the mean
             gradient along the path from the baseline, ``Σ ω_k ∇U(B + t_k (A - B))``, in the place of ``g - HA/2``; or
             "midpoint", which is quadrature with one node.
         backend: "auto", or "cuda", "triton", "native", "torch"; an explicit choice never falls back.

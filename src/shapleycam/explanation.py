@@ -21,9 +21,9 @@ class Diagnostics:
 
     Attributes:
         method, utility: the names of the rows that were used.
-        engine: which derivative engine served: "closed_form", "reverse_over_reverse", "forward_over_reverse",
-            "quadrature", "midpoint", or "none" for the methods without derivatives (RandomCAM, ScoreCAM, AblationCAM,
-            EigenCAM).
+        engine: which derivative engine served: "closed_form", "gauss_newton", "reverse_over_reverse",
+            "forward_over_reverse", "quadrature", "midpoint", or "none" for the methods without derivatives (RandomCAM,
+            ScoreCAM, AblationCAM, EigenCAM).
         backend: which operator backend made the raw maps: "cuda", "triton", "native" or "torch".
         layers: the names of the target layers.
         layouts: how their outputs were read.

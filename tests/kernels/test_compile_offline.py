@@ -33,7 +33,9 @@ def compile_for(target: str, cache: Path, script: tuple[str, ...] = ("-m", "test
     # Elsewhere, since this process has imported the kernels for the interpreter; and into an empty cache.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache)}
-    return subprocess.run([sys.executable, *script, target, str(every)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *script, target, str(every)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

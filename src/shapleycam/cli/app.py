@@ -80,7 +80,8 @@ Backend = Annotated[str, typer.Option(help="auto, cuda, triton, native or torch;
 Engine = Annotated[
     str,
     typer.Option(
-        help="Derivative engine: auto, closed_form, reverse_over_reverse, forward_over_reverse, quadrature, midpoint."
+        help="Derivative engine: auto, closed_form, gauss_newton, reverse_over_reverse, forward_over_reverse, quadrature, "
+        "midpoint."
     ),
 ]
 Nodes = Annotated[

@@ -56,7 +56,7 @@ class ActivationsAndGradients:
         return [
             term.pairs(1)[0][0].expand_as(term.activations).unflatten(2, term.layout.grid).cpu()
             for term in self._terms
-            if term.gradients or term.integrated or term.weights is not None
+            if term.gradients or term.position_weights or term.weights is not None
         ]
 
     def clear(self) -> None:

@@ -23,10 +23,10 @@ from ..model.pooled_linear import Outdated
 from .terms import Derivatives, Request
 
 # Torch has one dual level for the whole process; two threads cannot be inside it at once.
-_DUAL_LEVEL = threading.Lock()
+DUAL_LEVEL = threading.Lock()
 
 
-def _cut_off(gradient: Tensor) -> bool:
+def cut_off(gradient: Tensor) -> bool:
     """Whether a node of the gradient's graph stands for a derivative that torch refuses to take."""
     waiting, known = [gradient.grad_fn], set()
     while waiting:
@@ -67,7 +67,7 @@ def differentiate(
                 f"There is no path from target layer number {i} to the utility: choose a layer the logits depend on."
             )
         hvp = None
-        if second and find_cuts and _cut_off(gradient):
+        if second and find_cuts and cut_off(gradient):
             raise DerivativeError(
                 "Engine reverse_over_reverse cannot differentiate the head twice: it contains a function marked "
                 "once_differentiable, behind which torch would take the Hessian for zero. Use engine='midpoint' (approximate) "
@@ -172,7 +172,7 @@ def forward_over_reverse(request: Request) -> Derivatives:
 
         # Whatever the caller switched off, forward mode among it, is on in there.
         fresh = torch.inference_mode(False)
-        with fresh, _DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, tangent=tangent) as capture:
+        with fresh, DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, tangent=tangent) as capture:
             try:
                 outputs = capture.run(one.inputs)
                 found = one.start(capture, outputs, "forward_over_reverse")

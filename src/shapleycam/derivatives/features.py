@@ -34,6 +34,11 @@ def reverse_over_reverse(request: Request) -> Derivatives:
     return autograd.reverse_over_reverse(request) if found is None else found
 
 
+def serves(request: Request) -> bool:
+    """Whether the features are the shorter way, as far as that is known before the forward pass."""
+    return _classifier(request) is not None
+
+
 def _classifier(request: Request) -> nn.Linear | None:
     """The last linear layer of the model, if it reads fewer features than classes are asked for."""
     targets: Any = request.targets

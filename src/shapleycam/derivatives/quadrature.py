@@ -116,7 +116,7 @@ def _pooled(request: Request) -> Derivatives:
     else:
         first = ops.head_weights(_gradients(request.utility, z, targets), weight, backend=request.backend) * scale
         term.gradients = [g[:, :, None] for g in first.unbind(1)]
-        term.integrated = [w[:, :, None] for w in weights.unbind(1)]
+        term.position_weights = [w[:, :, None] for w in weights.unbind(1)]
     _conclude(request, found, count, reached)
     return found
 
@@ -178,7 +178,7 @@ def _any_head(request: Request) -> Derivatives:
                 for first in range(0, len(todo), together):
                     integral.run(todo[first : first + together], found.targets)
                 for i, term in enumerate(integral.terms):
-                    term.integrated = integral.weights(i, found.classes)
+                    term.position_weights = integral.weights(i, found.classes)
                 _look(found, integral)
             if with_gap and not index:
                 value, reached_points = integrals[0].values()

@@ -32,7 +32,8 @@ class Terms:
     ``gradients`` (dU/dA) and ``hvps`` (HA) have one entry per class. Where they are constant over the positions they are
     [N, C, 1]; an hvp of None is structurally zero or was not asked for. An engine that was asked for the weight alone
     (``w = g - HA/2``, or ``w = g`` at order 1) may leave both empty and give ``weights`` [N, M, C], constant over
-    the positions.
+    the positions, or ``position_weights``, one [N, C, S] per class; quadrature gives these beside the gradients, as the
+    integral that takes the place of w at order 2. ``difference`` is A - B, for a baseline other than zero.
     """
 
     activations: Tensor
@@ -40,7 +41,7 @@ class Terms:
     gradients: list[Tensor] = field(default_factory=list)
     hvps: list[Tensor | None] = field(default_factory=list)
     weights: Tensor | None = None
-    integrated: list[Tensor] = field(default_factory=list)
+    position_weights: list[Tensor] = field(default_factory=list)
     difference: Tensor | None = None
 
     @property
@@ -52,8 +53,8 @@ class Terms:
         """(gradient, hvp) of every class as :func:`shapleycam.ops.weighted_reduce` takes them; hvp is None at order 1."""
         if self.weights is not None:
             return [(w[:, :, None], None) for w in self.weights.unbind(1)]
-        if order == 2 and self.integrated:
-            return [(w, None) for w in self.integrated]
+        if order == 2 and self.position_weights:
+            return [(w, None) for w in self.position_weights]
         return list(zip(self.gradients, self.hvps if order == 2 else [None] * len(self.gradients), strict=True))
 
     def constant(self, order: int) -> Tensor | None:
@@ -71,7 +72,7 @@ class Terms:
 
     def second_order(self, m: int) -> Tensor | None:
         """HA of a class; under quadrature 2 (g - w), which takes its place in w = g - HA/2. None is structurally zero."""
-        return 2 * (self.gradients[m] - self.integrated[m]) if self.integrated else self.hvps[m]
+        return 2 * (self.gradients[m] - self.position_weights[m]) if self.position_weights else self.hvps[m]
 
 
 @dataclass(slots=True)
@@ -170,6 +171,7 @@ class Request:
         backend: of the operators.
         path: from the baseline to the activations; every engine attributes A - B, and quadrature goes along it.
         rows: what is known of running the head on other rows than the images'.
+        operators: of the head, by name, where it was verified to be piecewise linear.
         chunk: how many altered activations may go through the head at once; None for what memory allows.
     """
 
@@ -188,6 +190,7 @@ class Request:
     backend: str = "auto"
     path: Path = field(default_factory=Path)
     rows: HeadRows | None = None
+    operators: frozenset[str] = frozenset()
     chunk: int | None = None
 
     @property
