@@ -292,7 +292,7 @@ def reading(result: dict[str, Any]) -> str:
         return ", ".join(f"{way} {middle(layer, utility, way, key)}" for way in SHOWN)
 
     norm = result["layer_norm"]
-    left = max(norm["left"].values())
+    left = max(norm["left"][way] for way in ("first order", "second order", "midpoint", "2 nodes", "4 nodes"))
     return f"""\
 - **At the layer of `layer="auto"`** (`features`: mean over the positions and a linear layer) and with the default utility
   the second order is closer than the first, the midpoint closer than both, and every node more closer still, until what is
@@ -312,12 +312,14 @@ def reading(result: dict[str, Any]) -> str:
   random: the curvature is not that of a trained network, and the five photographs say nearly the same.
 - **Why one node is good already:** the error of its sum is of third order as well, but with 1/24 where the second-order
   expansion has 1/6; with K nodes it is of order 2K + 1. A node costs a pass of the head, behind a pool-and-linear head a
-  softmax, and no second derivative. More is not always closer: not with `probability` at `features.13`
-  ({three("features.13", "probability")}), where what is left is the distance of the diagonal from nine coarse players.
+  softmax, and no second derivative. One node is not always closer than none: not with `probability` at `features.13`
+  ({three("features.13", "probability")}). What more nodes leave is the distance of the diagonal from nine coarse players:
+  with `probability` at `features` nothing is gained beyond four.
 - **Where a LayerNorm over the channels follows the target layer, no such attribution exists.** U does not change when a
   position is scaled, so by Euler's theorem Σ over the channels of A·w is zero, in the first and in the second order and at
-  every node. Measured on {norm["network"]} at `{norm["layer"]}`, in float64: at most {left:.0e} of Σ |A·w| is left
-  (what is, comes from the norm's epsilon), while the Shapley values of the cells are {min(norm["values_over_total"]):.2f} to
+  every node. Measured on {norm["network"]} at `{norm["layer"]}`, in float64: up to four nodes at most {left:.1e} of
+  Σ |A·w| is left. What is comes from the norm's epsilon, which the nodes nearest to zero get close to (with sixteen
+  {norm["left"]["16 nodes"]:.1e}); while the Shapley values of the cells are {min(norm["values_over_total"]):.2f} to
   {max(norm["values_over_total"]):.2f} of U(A) − U(0) in length. HiResCAM and ShapleyCAM-H draw rounding there; the norm's
   own output has no such invariance, and another baseline than zero mends it:
   [agreement-heads.md](agreement-heads.md) says which for which head."""

@@ -28,19 +28,25 @@ def test_another_result_would_make_another_page():
     assert agreement.page(changed) != agreement.page(RESULT)
 
 
-def errors(layer, utility, key="error", players="cells"):
-    ways = ("first order", "second order", "midpoint")
+def errors(layer, utility, key="error", players="cells", ways=("first order", "second order", "midpoint")):
     return [middle(key, layer=layer, utility=utility, way=way, players=players) for way in ways]
+
+
+PATH = ("midpoint", "2 nodes", "4 nodes", "8 nodes")
 
 
 def test_the_sentences_hold():
     for players in ("cells", "positions", "channels"):
         first, second, midpoint = errors("features", "rest", players=players)
         assert midpoint < second < first
-        assert max(errors("features", "logit", players=players)) < 5e-4
+        assert max(errors("features", "logit", players=players, ways=agreement.SHOWN)) < 5e-4
         first, second, _ = errors("features", "probability", players=players)
         assert second > first
-    assert min(errors("features", "rest", "pearson")) > 0.99
+    one, two, four, eight = errors("features", "rest", ways=PATH)
+    assert two < one / 2 and four < two / 2 and eight <= four
+    assert min(errors("features", "rest", "pearson", ways=agreement.SHOWN)) > 0.99
+    one, two, four, eight = errors("features", "probability", ways=PATH)
+    assert two < one / 2 and four < two / 2 and eight > 0.9 * four
     for utility, factor in (("rest", 1.5), ("probability", 5)):
         first, second, _ = errors("features.16", utility)
         assert second > factor * first
@@ -48,21 +54,23 @@ def test_the_sentences_hold():
     assert second == pytest.approx(first, rel=1e-4)
     assert midpoint < first
     assert min(errors("features.13", "rest")) > 1
-    first, second, midpoint = errors("features.13", "rest", "pearson")
-    assert max(first, second) < 0.5 < 0.9 < midpoint
+    first, second, *path = errors("features.13", "rest", "pearson", ways=agreement.SHOWN)
+    assert max(first, second) < 0.5 < 0.8 < min(path)
+    one, two, four, eight = errors("features.13", "rest", ways=PATH)
+    assert eight > four / 2 > two / 4, "slowly, and not geometrically"
     first, second, midpoint = errors("features.13", "probability")
     assert midpoint > max(first, second)
     for utility in agreement.UTILITIES:
-        first, second, midpoint = errors("blocks.5", utility)
-        assert midpoint < second < first
+        first, second, midpoint, two = errors("blocks.5", utility, ways=agreement.SHOWN[:4])
+        assert two < midpoint < second < first
     norm = RESULT["layer_norm"]
-    assert max(norm["left"].values()) < 1e-5
+    assert max(norm["left"][way] for way in agreement.SHOWN[:5]) < 2e-4
     assert min(norm["values_over_total"]) > 0.1
 
 
 def test_every_comparison_is_there_and_estimates_are_marked():
     rows = RESULT["results"]
-    assert len(rows) == (3 + 2 + 1 + 2) * 4 * 3
+    assert len(rows) == (3 + 2 + 1 + 2) * 4 * 8
     assert len({tuple(row[key] for key in ("network", "layer", "players", "utility", "way")) for row in rows}) == len(rows)
     for row in rows:
         assert len(row["error"]) == len(RESULT["conditions"]["photographs"]) == 5

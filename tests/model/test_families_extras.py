@@ -41,7 +41,14 @@ def close(one, other, bound):
     assert (one - other).norm() <= bound * other.norm()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+#: Whose logits are piecewise linear in the activations.
+STRAIGHT = dict.fromkeys(("tv:vgg11", "timm:vgg11", "tv:densenet121"), "gauss_newton")
+#: Whose like is in the short form.
+SECONDS = ("tv:densenet121", "timm:vgg11", "timm:resnext50_32x4d", "timm:swin_tiny_patch4_window7_224", "timm:mobilenetv2_100")
+SECONDS += ("timm:deit_tiny_distilled_patch16_224", "timm:efficientnet_b0", "timm:densenet121")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in SECONDS)) for n in FAMILIES])
 def test_family(name):
     layer, layout, pooled = FAMILIES[name]
     model = build(name)
@@ -49,10 +56,10 @@ def test_family(name):
     result = Explainer(model)(images, with_norms=True)
     assert result.diagnostics.layers == (layer,)
     assert result.diagnostics.layouts == (layout,)
-    assert result.diagnostics.engine == ("closed_form" if pooled else "reverse_over_reverse")
+    assert result.diagnostics.engine == ("closed_form" if pooled else STRAIGHT.get(name, "reverse_over_reverse"))
     assert (result.hvp_ratio > 1e-3).all(), "curvature, or the comparison below proves nothing"
     assert result.raw.shape == (2, *layout.grid) and (result.raw.flatten(1).std(1) > 0).all()
-    engines = ["forward_over_reverse"] + ["reverse_over_reverse"] * pooled
+    engines = ["forward_over_reverse"] + ["reverse_over_reverse"] * (pooled or name in STRAIGHT)
     for engine in engines:
         other = Explainer(model, layer, engine=engine)(images, with_norms=True)
         close(result.raw, other.raw, 1e-5)

@@ -176,7 +176,7 @@ def test_detection_has_a_second_order(detector, monkeypatch):
     torch.testing.assert_close(result.raw, expected.raw, rtol=1e-6, atol=1e-9 * float(expected.raw.abs().max()))
 
 
-@pytest.mark.parametrize("layer", ["backbone.body.1.block.1", "backbone.body.2"])
+@pytest.mark.parametrize("layer", [pytest.param("backbone.body.1.block.1", marks=pytest.mark.long), "backbone.body.2"])
 def test_detection_without_derivatives(detector, layer):
     """The first layer has a skip connection around it, the second is all that the head sees of the image."""
     model, _, images, found = detector
@@ -282,7 +282,9 @@ def test_video_auto_layer_and_closed_form(video):
     torch.testing.assert_close(result.raw, other.raw, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["GradCAM", "GradCAMPlusPlus", "EigenGradCAM"])
+@pytest.mark.parametrize(
+    "name", ["GradCAM", *(pytest.param(n, marks=pytest.mark.long) for n in ("GradCAMPlusPlus", "EigenGradCAM"))]
+)
 def test_video_maps_are_pytorch_grad_cams(video, name):
     """Before the resize, which pytorch-grad-cam does with a cubic spline in three dimensions."""
     model, clips = video
