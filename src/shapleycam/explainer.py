@@ -430,23 +430,33 @@ class Explainer:
                         raise _unsteady(str(again)) from None
         return plan
 
-    def program(self, images: Tensor, *, targets: str = "predicted", size: str | int | Sequence[int] = "layer") -> Program:
+    def program(
+        self,
+        images: Tensor,
+        *,
+        targets: str = "predicted",
+        size: str | int | Sequence[int] = "layer",
+        all_classes: bool = False,
+    ) -> Program:
         """This explainer as a pure module ``(images, targets) -> Explained``, for ``torch.export`` and its like.
 
-        For pool-and-linear heads. It holds the very model, and is compared with this explainer on ``images``.
+        It holds the very model, and is compared with this explainer on ``images``. Behind a pool-and-linear head it is the
+        closed form around the model; any other head is traced, with its derivatives, to a graph of plain operators.
 
         Args:
             images: [N, channels, H, W] as for :meth:`__call__`; the program takes any number of images of their size.
             targets: "predicted"; "given" for a second input, int64 [N] or [N, M], where -1 is the predicted class; or "all"
                 for the maps of all K classes, [N, K, *size].
             size: of ``maps``: "layer" for the grid of the target layer, "image" for the images' own, or a size.
+            all_classes: accept that "all" costs K passes of a head that is not pool-and-linear, in memory at once.
 
         Raises:
-            ExportError: the head is not pool-and-linear, or the method, utility, engine or baseline is none that a program
-                has; or the program is off by more than 1e-4, relative.
+            ExportError: the method, utility, engine or baseline is none that a program has; the model or the derivatives of
+                its head cannot be traced (the message names the place); "all" was not accepted; or the program is off by more
+                than 1e-4, relative.
             InputError, LayerError, ModelStateError, DerivativeError: as :meth:`__call__`.
         """
-        return build(self._settings, self.prepare(images), self, images, targets, size)
+        return build(self._settings, self.prepare(images), self, images, targets, size, all_classes)
 
     def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
         """A call's arguments as one :class:`shapleycam.model.inputs.Inputs`, checked.
