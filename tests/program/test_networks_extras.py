@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shapleycam import Explainer, ExportError
+from shapleycam import Explainer
 
 from ..helpers import build
 

@@ -24,6 +24,8 @@ from ..errors import ExportError, LayerError
 from ..model.capture import replace_tensor, tensor_of
 from ..model.inputs import Inputs
 
+_EXAMPLE = 13
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -98,9 +100,8 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
     """
     specs: list[TreeSpec] = []
     tapped = _Tapped(_shadow(model), layer, images_as, specs.append)
-    example = images[:2].detach().clone()
-    if len(example) < 2:
-        example = torch.cat((example, example))  # one image would be taken for the only number of images
+    # A number that no other size is likely to have: where the batch equals one, torch may take them for the same.
+    example = images[:1].detach().expand(_EXAMPLE, *images.shape[1:]).contiguous()
     try:
         with torch.no_grad():
             program = torch.export.export(
@@ -111,7 +112,7 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
     except Exception as error:  # torch.export raises whatever the model does on tensors without values
         raise ExportError(
             f"{type(model).__name__} cannot be traced to a graph{place_of(error)}: {said(error)} A program needs a forward "
-            "pass without decisions on the values of tensors, for any number of images."
+            "pass without decisions on the values of tensors, for any number of images (x.shape[0], not len(x))."
         ) from error
     return _cut(program, specs[-1])
 
@@ -228,4 +229,12 @@ def _part(
             copied[node] = made.node_copy(node, copied.__getitem__)
     made.output(tuple(copied[result] if isinstance(result, fx.Node) else result for result in results))
     fakes = tuple(node.meta["val"].detach() for node in (*weights, *inputs))
-    return Part(fx.GraphModule(nn.Module(), made), tuple(names[node] for node in weights), fakes)
+    return Part(fx.GraphModule(nn.Module(), any_strides(made)), tuple(names[node] for node in weights), fakes)
+
+
+def any_strides(graph: fx.Graph) -> fx.Graph:
+    """Make a graph independent of how its example lay in memory: images may be channels-last, rows may be repeated."""
+    for operator in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=operator):
+            node.target = torch.ops.aten.reshape.default
+    return graph

@@ -1,13 +1,14 @@
 """Operators of a head that would not survive differentiation or export, and what runs in their place.
 
-Two tables. ``SUBSTITUTES`` act before autograd sees an operator: torch's own second derivatives of these (normalisations, pads,
-pools, fused attention) are missing, or fix the number of images, or have no translation to ONNX; the substitutes compute the
-same values from primitives. ``DECOMPOSITIONS`` act on what autograd has made.
+They act before autograd sees an operator: torch's own derivatives of these (convolutions, normalisations, pads, pools, fused
+attention) are missing to the second order, or fix the number of images, or have no translation to ONNX. The substitutes compute
+the same values, from primitives whose derivatives have none of these faults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def _avg_pool2d(
     kernel = [*kernel, *kernel][:2]
     channels = int(x.shape[1])
     weight = x.new_full((channels, 1, *kernel), 1 / (divisor or kernel[0] * kernel[1]))
-    return torch.conv2d(x, weight, None, list(stride) or kernel, list(padding), 1, channels)
+    return _conv(x, weight, None, list(stride) or kernel, list(padding), 1, channels)
 
 
 def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
@@ -166,6 +167,108 @@ def _size(x: Tensor, dim: int) -> Any:
     return x.shape[dim]  # the operator fixes the number of images
 
 
+# ---------------------------------------------------------------------------------------------------------- convolutions
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """A convolution without its bias, which is linear in its input; or its adjoint.
+
+    Attributes:
+        weight: [out, in / groups, *kernel], of the convolution.
+        size: of its input's positions.
+        adjoint: the map from outputs to inputs.
+    """
+
+    weight: Tensor
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    size: list[int]
+    adjoint: bool = False
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        rank, weight = x.ndim - 2, self.weight
+        if not self.adjoint:
+            return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
+        reach = [d * (int(k) - 1) for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
+        around = [r - p for r, p in zip(reach, self.padding, strict=True)]
+        if all(s == 1 for s in self.stride) and all(width >= 0 for width in around):
+            # With the kernel flipped it is a convolution again, for which every runtime has its best code.
+            flipped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + rank)))
+            return aten.convolution(x, flipped, bias, self.stride, around, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
+        left = [
+            size - ((int(n) - 1) * s - 2 * p + r + 1)
+            for size, n, s, p, r in zip(self.size, x.shape[2:], self.stride, self.padding, reach, strict=True)
+        ]
+        return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, True, left, self.groups)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map whose gradient is its adjoint, whose gradient is the map: torch's own double backward fixes the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: _Kernel) -> Tensor:  # type: ignore[override]
+        ctx.kernel = kernel
+        return kernel(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        kernel: _Kernel = ctx.kernel
+        return _Linear.apply(gradient, None, replace(kernel, adjoint=not kernel.adjoint)), None, None
+
+
+def _each(value: int | Sequence[int], rank: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * rank if len(values) == 1 else values
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Any:
+    rank = weight.ndim - 2
+    if x.ndim != weight.ndim:
+        return NotImplemented
+    dilation = _each(dilation, rank)
+    if isinstance(padding, str):
+        total = [d * (int(k) - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        padding = [t // 2 for t in total]
+        if any(t % 2 for t in total):
+            x = _constant_pad(x, [n for t in reversed(total) for n in (0, t % 2)])
+    size = [int(n) for n in x.shape[2:]]
+    return _Linear.apply(x, bias, _Kernel(weight, _each(stride, rank), _each(padding, rank), dilation, groups, size))
+
+
+def _conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Any:
+    rank = weight.ndim - 2
+    if x.ndim != weight.ndim:
+        return NotImplemented
+    stride, padding, dilation = _each(stride, rank), _each(padding, rank), _each(dilation, rank)
+    size = [
+        (int(n) - 1) * s - 2 * p + d * (int(k) - 1) + 1 + o
+        for n, s, p, d, k, o in zip(
+            x.shape[2:], stride, padding, dilation, weight.shape[2:], _each(output_padding, rank), strict=True
+        )
+    ]
+    return _Linear.apply(x, bias, _Kernel(weight, stride, padding, dilation, groups, size, adjoint=True))
+
+
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten.sym_size.int: _size,
     aten.view.default: _view,
@@ -183,41 +286,13 @@ SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: math_attention,
     aten.hardsigmoid.default: hardsigmoid,
     aten.dropout.default: _dropout,
+    aten.conv1d.default: _conv,
+    aten.conv2d.default: _conv,
+    aten.conv3d.default: _conv,
+    aten.conv1d.padding: _conv,
+    aten.conv2d.padding: _conv,
+    aten.conv3d.padding: _conv,
+    aten.conv_transpose1d.default: _conv_transpose,
+    aten.conv_transpose2d.input: _conv_transpose,
+    aten.conv_transpose3d.input: _conv_transpose,
 }
-
-
-# ------------------------------------------------------------------------------------------------------ after autograd
-
-
-def _convolution_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    mask: Sequence[bool],
-) -> Any:
-    """The input's gradient as a convolution: with the kernel flipped where the stride is 1, else transposed."""
-    if mask[1] or mask[2]:
-        return NotImplemented
-    if transposed:
-        return aten.convolution(gradient, weight, None, stride, padding, dilation, False, [0] * len(stride), groups), None, None
-    rank = x.ndim - 2
-    around = [dilation[i] * (int(weight.shape[2 + i]) - 1) - padding[i] for i in range(rank)]
-    if all(s == 1 for s in stride) and all(width >= 0 for width in around):
-        kernel = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(list(range(2, 2 + rank)))
-        return aten.convolution(gradient, kernel, None, stride, around, dilation, False, [0] * rank, groups), None, None
-    left = [
-        int(x.shape[2 + i])
-        - ((int(gradient.shape[2 + i]) - 1) * stride[i] - 2 * padding[i] + dilation[i] * (int(weight.shape[2 + i]) - 1) + 1)
-        for i in range(rank)
-    ]
-    return aten.convolution(gradient, weight, None, stride, padding, dilation, True, left, groups), None, None
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: _convolution_backward}

@@ -21,8 +21,8 @@ from ..model.layouts import Transformed
 from ..ops import reference
 from ..utilities.named import evaluate
 from .base import Program, Recipe
-from .graph import ModelGraph, place_of, said
-from .substitutes import DECOMPOSITIONS, Smooth
+from .graph import ModelGraph, any_strides, place_of, said
+from .substitutes import Smooth
 
 
 class TracedProgram(Program):
@@ -163,17 +163,18 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
     fakes = list(head.fakes)
     mode = detect_fake_mode(fakes)
     assert mode is not None
+    mode.cache_enabled = False  # with a symbolic batch its entries cost more than they save
     with torch.no_grad(), mode:
         if given:
             fakes.append(torch.full((head.fakes[count].shape[0],), -1, dtype=torch.int64, device=head.fakes[count].device))
         try:
-            made = make_fx(function, DECOMPOSITIONS, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+            made = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
         except (ShapleyCamError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever an operator's derivative or a user's utility raises on tensors without values
             raise ExportError(
                 f"The derivatives of the head behind {recipe.layer!r} cannot be traced{place_of(error)}: {said(error)}"
             ) from error
-    made.graph.eliminate_dead_code()
+    any_strides(made.graph).eliminate_dead_code()
     made.recompile()
     return made
