@@ -35,7 +35,7 @@ from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
 from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
-from .program import Program, build
+from .program import Compilation, Compiled, Program, build, compile_program
 from .utilities.named import Utility, UtilityFunction, get_utility
 from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
@@ -457,6 +457,45 @@ class Explainer:
             InputError, LayerError, ModelStateError, DerivativeError: as :meth:`__call__`.
         """
         return build(self._settings, self.prepare(images), self, images, targets, size, all_classes)
+
+    def compile(
+        self,
+        images: Tensor,
+        *,
+        targets: str = "predicted",
+        size: str | int | Sequence[int] = "layer",
+        all_classes: bool = False,
+        dtype: torch.dtype | None = None,
+        channels_last: bool | None = None,
+        fold: bool = True,
+        report: bool = False,
+        **options: Any,
+    ) -> Compiled:
+        """The program of this explainer through ``torch.compile(fullgraph=True)``; called as a program is.
+
+        It holds a copy of the weights as they are now; the model is left as it is.
+
+        Args:
+            images, targets, size, all_classes: as for :meth:`program`; the program is compiled for these images' number.
+            dtype: the weights are converted to it, as the images are in every call: float32, float64, float16 or bfloat16.
+                The utility, its derivatives in the logits and the reduction stay in float32.
+            channels_last: lay images and weights out so; None for models with 2-d convolutions.
+            fold: fold batch normalisations into the convolutions before them.
+            report: measure what all this costs in accuracy, as ``.report``.
+            options: of ``torch.compile``, such as ``dynamic=True`` or ``mode="max-autotune"``.
+
+        Raises:
+            ExportError: as :meth:`program`; the compiler is missing or fails; or the maps are off by more than 1e-4, relative
+                (float16 0.05, bfloat16 0.3).
+            InputError: another dtype, or as :meth:`__call__`, as are LayerError, ModelStateError and DerivativeError.
+        """
+        return compile_program(
+            self._settings,
+            self.prepare(images),
+            self,
+            images,
+            Compilation(targets, size, all_classes, dtype, channels_last, fold, report, options),
+        )
 
     def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
         """A call's arguments as one :class:`shapleycam.model.inputs.Inputs`, checked.

@@ -5,9 +5,11 @@ nothing but plain PyTorch operators behind the model, which ``torch.export`` tak
 
 ``pooled``: pool-and-linear heads, around the model as it is. ``traced``: all other heads, as a graph (``graph``,
 ``substitutes``) whose derivatives are taken once. ``build``: which of them, compared with the explainer.
+``compiled``: the same through ``torch.compile``, with weights of its own (``folding``).
 """
 
 from .base import TARGETS, Explained, Program
 from .build import TOLERANCE, build
+from .compiled import Compilation, Compiled, Report, compile_program
 
-__all__ = ["TARGETS", "TOLERANCE", "Explained", "Program", "build"]
+__all__ = ["TARGETS", "TOLERANCE", "Compilation", "Compiled", "Explained", "Program", "Report", "build", "compile_program"]

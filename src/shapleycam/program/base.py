@@ -97,16 +97,16 @@ class Program(nn.Module):
     """An explainer's road as a module; made by :meth:`shapleycam.Explainer.program`.
 
     It holds the user's very model: a weight changed in place is followed, and a module that was replaced, added or removed is
-    refused, as is training mode.
+    refused, as is training mode. One that was made for :meth:`shapleycam.Explainer.compile` holds weights of its own instead.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; None for a program with weights of its own.
         recipe: what to do with it.
     """
 
     baseline: Tensor | None
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module | None, recipe: Recipe) -> None:
         super().__init__()
         self.model = model
         self.layer, self.layout, self.method, self.utility = recipe.layer, recipe.layout, recipe.method, recipe.utility
@@ -115,7 +115,7 @@ class Program(nn.Module):
         baseline = recipe.path.baseline
         self._named_baseline = recipe.path.start
         self.register_buffer("baseline", baseline if isinstance(baseline, Tensor) else None, persistent=False)
-        self._mode = ModeCheck(model)
+        self._mode = None if model is None else ModeCheck(model)
         self.eval()
 
     def extra_repr(self) -> str:
@@ -142,7 +142,7 @@ class Program(nn.Module):
             ModelStateError: the model was edited, or is in training mode.
         """
         self.check(images, targets)
-        if self._mode.check():
+        if self._mode is not None and self._mode.check():
             raise ModelStateError(
                 "The model was edited after this program was made: make another by explainer.program(images)."
             )

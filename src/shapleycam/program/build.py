@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..model.layouts import Layout
 from ..plan import Plan, Settings
 from .base import Program, Recipe, map_size
-from .graph import trace
+from .graph import ModelGraph, trace
 from .pooled import PooledProgram
 from .traced import TracedProgram
 
@@ -38,22 +38,53 @@ def build(
         images, targets, size, all_classes: as there.
     """
     expected = explain(images, None)
-    recipe, pooled = _recipe(settings, plan, expected, images, targets, size), plan.facts.pooled
-    if pooled is not None and recipe.engine in ("closed_form", "quadrature") and settings.utility.named:
-        names = (name for name, module in settings.model.named_modules() if module is pooled.linear)
-        program: Program = PooledProgram(settings.model, recipe, next(names))
-    else:
-        classes = expected.logits.shape[1] if expected.logits is not None and expected.logits.ndim == 2 else 0
-        if targets == "all" and not all_classes:
-            raise ExportError(
-                f"targets='all' costs {classes} passes of the head for each image here, all of them in memory at once, as the "
-                f"head is not pool-and-linear ({plan.facts.head}). Ask for it with all_classes=True, or use targets='given'."
-            )
-        if recipe.engine not in ("quadrature", "reverse_over_reverse"):  # of which the others are equals
-            recipe = replace(recipe, engine="reverse_over_reverse")
-        program = TracedProgram(settings.model, recipe, trace(settings.model, recipe.layer, images, settings.images_as))
+    program = assemble(settings, plan, expected, images, targets, size, all_classes)
     _compare(program, explain, images, expected)
     return program
+
+
+def assemble(
+    settings: Settings,
+    plan: Plan,
+    expected: Any,
+    images: Tensor,
+    targets: str,
+    size: str | int | Sequence[int],
+    all_classes: bool,
+    converted: nn.Module | None = None,
+    fold: bool = False,
+) -> Program:
+    """The program, not compared yet.
+
+    Args:
+        expected: the explainer's explanation of ``images``.
+        settings, plan, images, targets, size, all_classes: as for :func:`build`.
+        converted: a copy of the model, in another dtype perhaps, whose weights are to be the program's own.
+        fold: fold its batch normalisations.
+    """
+    recipe, pooled = _recipe(settings, plan, expected, images, targets, size), plan.facts.pooled
+    model, frozen = settings.model if converted is None else converted, converted is not None
+    if frozen:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+        images = images.to(dtype)
+        if isinstance(recipe.path.baseline, Tensor):
+            recipe = replace(recipe, path=replace(recipe.path, baseline=recipe.path.baseline.to(dtype)))
+
+    def graph() -> ModelGraph:
+        return trace(model, recipe.layer, images, settings.images_as, fold=fold)
+
+    if pooled is not None and recipe.engine in ("closed_form", "quadrature") and settings.utility.named:
+        linear = next(name for name, module in settings.model.named_modules() if module is pooled.linear)
+        return PooledProgram(model, recipe, linear, graph() if frozen else None)
+    if targets == "all" and not all_classes:
+        classes = expected.logits.shape[1] if expected.logits is not None and expected.logits.ndim == 2 else 0
+        raise ExportError(
+            f"targets='all' costs {classes} passes of the head for each image here, all of them in memory at once, as the "
+            f"head is not pool-and-linear ({plan.facts.head}). Ask for it with all_classes=True, or use targets='given'."
+        )
+    if recipe.engine not in ("quadrature", "reverse_over_reverse"):  # of which the others are equals
+        recipe = replace(recipe, engine="reverse_over_reverse")
+    return TracedProgram(model, recipe, graph(), frozen)
 
 
 def _recipe(
@@ -103,15 +134,16 @@ def _compare(program: Program, explain: Callable[..., Any], images: Tensor, expe
         pairs += [(more.logits, torch.cat((found.logits, found.logits[:1])))]
         if found.raw.ndim == more.raw.ndim:
             pairs += [(more.raw, torch.cat((found.raw, found.raw[:1])))]
-    off = max(_off(found.logits, expected.logits), 0.0), max(_off(*pair) for pair in pairs)
-    if not max(off) <= TOLERANCE:
+    wrong = off(found.logits, expected.logits), max(off(*pair) for pair in pairs)
+    if not max(wrong) <= TOLERANCE:
         raise ExportError(
-            f"The program differs from the explainer: logits by {off[0]:.1e}, maps by {off[1]:.1e}, relative; at most "
+            f"The program differs from the explainer: logits by {wrong[0]:.1e}, maps by {wrong[1]:.1e}, relative; at most "
             f"{TOLERANCE:.0e} is allowed. Is the model the same in every call (in evaluation mode, without random parts)?"
         )
 
 
-def _off(got: Tensor, expected: Tensor) -> float:
+def off(got: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a row, by the magnitude of the row; infinite where shapes or NaN differ."""
     if got.shape != expected.shape or not torch.equal(got.isnan(), expected.isnan()):
         return float("inf")
     difference = (got.double() - expected.double()).nan_to_num(0.0).flatten(1).abs().amax(1)

@@ -8,9 +8,11 @@ besides that output (a skip connection around the layer) are the cut's sides.
 from __future__ import annotations
 
 import copy
+import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from ..errors import ExportError, LayerError
 from ..model.capture import replace_tensor, tensor_of
 from ..model.inputs import Inputs
+from .folding import fold_batch_norms
 
 _EXAMPLE = 13
 
@@ -40,6 +43,11 @@ class Part:
     module: fx.GraphModule
     weights: tuple[str, ...]
     fakes: tuple[Tensor, ...]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The fakes of its own inputs."""
+        return self.fakes[len(self.weights) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +99,11 @@ class _Tapped(nn.Module):
         return [found[0], *leaves]
 
 
-def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = None) -> ModelGraph:
+def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = None, *, fold: bool = False) -> ModelGraph:
     """The graph of a model in evaluation mode, for any number of images; the model is left as it is.
+
+    With ``fold`` a batch normalisation goes into the convolution that alone feeds it: exact, and weights that are changed later
+    are not followed.
 
     Raises:
         ExportError: the model has no such graph: control flow that depends on the images' values, say, or a number of images
@@ -114,7 +125,19 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
             f"{type(model).__name__} cannot be traced to a graph{place_of(error)}: {said(error)} A program needs a forward "
             "pass without decisions on the values of tensors, for any number of images (x.shape[0], not len(x))."
         ) from error
-    return _cut(program, specs[-1])
+    return _cut(program, specs[-1], fold)
+
+
+def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None], names: Sequence[str]) -> list[Tensor]:
+    """A model's weights by their dotted names, and a graph's constants by their keys."""
+    found = []
+    for name in names:
+        tensor = constants.get(name)
+        if tensor is None:
+            path, _, last = name.rpartition(".")
+            tensor = getattr(model.get_submodule(path), last)
+        found.append(tensor)
+    return found
 
 
 def _shadow(model: nn.Module) -> nn.Module:
@@ -136,24 +159,24 @@ def said(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """Where the model's own code was, in words: the innermost frame that is neither torch's nor this package's."""
-    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    where = ""
+    """Where the user's own code was, in words: the innermost line that is neither torch's nor this package's."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
     seen: BaseException | None = error
-    while seen is not None and not where:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            if "shapleycam" in frame.filename and frame.filename.endswith("graph.py"):
-                where = ""  # frames before are the caller's
-            elif not frame.filename.startswith(own):
-                where = f" (at {frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()})"
+    while seen is not None:
+        frames = [(f.filename, f.lineno, f.name, f.line or "") for f in traceback.extract_tb(seen.__traceback__)]
+        # An operator of a graph remembers in torch's message where the model called it.
+        told = re.findall(r'File "(.+?)", line (\d+), in (.+)\n +(.+)', str(seen))
+        for filename, line, function, code in (*reversed(frames), *reversed(told)):
+            if not filename.startswith(own):
+                return f" (at {filename}:{line}, in {function}: {code.strip()})"
         seen = seen.__cause__ or seen.__context__
-    return where
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------------------- the cut
 
 
-def _cut(program: torch.export.ExportedProgram, spec: TreeSpec) -> ModelGraph:
+def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> ModelGraph:
     graph, signature = program.graph, program.graph_signature
     kinds = {s.arg.name: s for s in signature.input_specs}
     constants: dict[str, Tensor] = {}
@@ -176,6 +199,8 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec) -> ModelGraph:
     given = [r for r, s in zip(results, specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
     if len(given) < len(results):
         raise ExportError("The model writes into its parameters, buffers or images in every call, which a program does not do.")
+    if fold:
+        fold_batch_norms(graph, names, {**program.state_dict, **program.constants}, constants)
     tapped, *outputs = given
     assert images is not None and isinstance(tapped, fx.Node)
     copies = [user for user in tapped.users if user.target == torch.ops.aten.clone.default]
@@ -189,14 +214,19 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec) -> ModelGraph:
     if not any(str(n.meta["val"].shape[0]) == str(batch) for n in (tapped, *sides) if n.meta["val"].ndim):
         sides.append(images)  # whose number the head may want to know
     copies.append(tapped)
-    whole = _part(graph, names, copies, [images], given)
-    trunk = _part(graph, names, copies, [images], [tapped, *sides])
-    head = _part(graph, names, copies, [tapped, *sides], outputs)
+    graph_of = partial(_part, graph, names, copies, program.graph_module)
+    whole, trunk = graph_of([images], given), graph_of([images], [tapped, *sides])
+    head = graph_of([tapped, *sides], outputs)
     return ModelGraph(trunk, head, whole, constants, spec)
 
 
 def _part(
-    graph: fx.Graph, names: dict[fx.Node, str], copies: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[Any]
+    graph: fx.Graph,
+    names: dict[fx.Node, str],
+    copies: Sequence[fx.Node],
+    root: nn.Module,
+    inputs: Sequence[fx.Node],
+    results: Sequence[Any],
 ) -> Part:
     """The nodes between inputs and results as a function; ``copies`` are left out, as nothing in the graph writes."""
     sized = {str(n.meta["val"].shape[0]): n for n in reversed(inputs) if n.meta["val"].ndim}
@@ -229,7 +259,7 @@ def _part(
             copied[node] = made.node_copy(node, copied.__getitem__)
     made.output(tuple(copied[result] if isinstance(result, fx.Node) else result for result in results))
     fakes = tuple(node.meta["val"].detach() for node in (*weights, *inputs))
-    return Part(fx.GraphModule(nn.Module(), any_strides(made)), tuple(names[node] for node in weights), fakes)
+    return Part(fx.GraphModule(root, any_strides(made)), tuple(names[node] for node in weights), fakes)
 
 
 def any_strides(graph: fx.Graph) -> fx.Graph:

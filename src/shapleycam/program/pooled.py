@@ -6,12 +6,14 @@ weights with A, for one class or for all of them.
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from ..derivatives.path import background
 from ..errors import ModelStateError
@@ -20,6 +22,8 @@ from ..model.inputs import Inputs
 from ..ops import reference
 from ..ops.coefficients import Coefficients
 from .base import Program, Recipe
+from .folding import bind
+from .graph import ModelGraph, tensors_of
 
 
 class PooledProgram(Program):
@@ -28,13 +32,23 @@ class PooledProgram(Program):
     Args:
         model, recipe: as for :class:`Program`; the utility has coefficients.
         linear: the dotted name of the classifier that reads the mean of the target layer's output.
+        graph: the model's, which runs in the place of the model, with the weights as they are now.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, linear: str) -> None:
-        super().__init__(model, recipe)
+    def __init__(self, model: nn.Module, recipe: Recipe, linear: str, graph: ModelGraph | None = None) -> None:
+        super().__init__(model if graph is None else None, recipe)
         self.linear = linear
         self._rule = recipe.rule
         self._writes, self._images_as = recipe.writes, recipe.images_as
+        self._spec: TreeSpec | None = None
+        if graph is not None:
+            classifier = model.get_submodule(linear)
+            assert isinstance(classifier, nn.Linear)
+            self.classifier = copy.deepcopy(classifier).requires_grad_(False)
+            self.whole, self._spec = (
+                bind(graph.whole.module, tensors_of(model, graph.constants, graph.whole.weights)),
+                graph.spec,
+            )
 
     def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         logits, output = self._run(images)
@@ -44,6 +58,12 @@ class PooledProgram(Program):
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The logits [N, K] and the target layer's output."""
+        if self._spec is not None:
+            activations, *leaves = self.whole(images)
+            flat = self.utility.logits_of(tree_unflatten(leaves, self._spec))
+            assert flat is not None
+            return flat, activations
+        assert self.model is not None
         found: list[Tensor] = []
         owner = threading.get_ident()
 
@@ -77,7 +97,7 @@ class PooledProgram(Program):
         With the utility's coefficients (on e_c, p, p·v) it is ``on_c W_c + on_p (p W) + on_pv (p·v W)``, over S: however many
         classes, the products with W are made once per image.
         """
-        linear = self.model.get_submodule(self.linear)
+        linear = self.classifier if self.model is None else self.model.get_submodule(self.linear)
         assert isinstance(linear, nn.Linear)
         wide = reference.accumulator(logits.dtype)
         weight = linear.weight.to(wide)

@@ -21,7 +21,8 @@ from ..model.layouts import Transformed
 from ..ops import reference
 from ..utilities.named import evaluate
 from .base import Program, Recipe
-from .graph import ModelGraph, any_strides, place_of, said
+from .folding import bind
+from .graph import ModelGraph, any_strides, place_of, said, tensors_of
 from .substitutes import Smooth
 
 
@@ -31,31 +32,34 @@ class TracedProgram(Program):
     With several classes per image the head runs once for each, all of them together.
 
     Args:
-        model, recipe: as for :class:`Program`.
+        model: as for :class:`Program`.
+        recipe: as there.
         graph: of the model.
+        frozen: hold the weights as they are now, and not the model.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, graph: ModelGraph) -> None:
-        super().__init__(model, recipe)
-        for name, tensor in graph.constants.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self._integrated = recipe.rule is not None
+    def __init__(self, model: nn.Module, recipe: Recipe, graph: ModelGraph, frozen: bool = False) -> None:
+        super().__init__(None if frozen else model, recipe)
+        trunk, derivatives = graph.trunk.module, _derivatives(recipe, graph)
         self._given = recipe.targets != "predicted"
-        derivatives = _derivatives(recipe, graph)
-        self.trunk, self.derivatives = graph.trunk.module, derivatives
-        self._trunk_weights, self._head_weights = graph.trunk.weights, graph.head.weights
         self._by_row = _by_row(graph)
         results: Any = derivatives.graph.output_node().args[0]
         self._classes = int(results[0].meta["val"].shape[1])
+        self._trunk_weights, self._head_weights = graph.trunk.weights, graph.head.weights
+        if frozen:
+            trunk = bind(trunk, tensors_of(model, graph.constants, self._trunk_weights))
+            derivatives = bind(derivatives, tensors_of(model, graph.constants, self._head_weights))
+            self._trunk_weights = self._head_weights = ()
+        else:
+            for name, tensor in graph.constants.items():
+                self.register_buffer(name, tensor, persistent=False)
+        self.trunk, self.derivatives = trunk, derivatives
 
     def _tensors(self, names: Sequence[str]) -> list[Tensor]:
         """The weights as they are now; a parameter that was replaced is followed."""
-        found = []
-        for name in names:
-            path, _, last = name.rpartition(".")
-            owner = self if name in self._buffers else self.model.get_submodule(path)
-            found.append(getattr(owner, last))
-        return found
+        if self.model is None:
+            return []
+        return tensors_of(self.model, self._buffers, names)
 
     def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         inputs = self.trunk(*self._tensors(self._trunk_weights), images)
@@ -89,8 +93,7 @@ class TracedProgram(Program):
 
 def _by_row(graph: ModelGraph) -> tuple[bool, ...]:
     """Which of (A, *sides) have a row for every image, or several."""
-    own = graph.head.fakes[len(graph.head.weights) :]
-    return tuple(bool(fake.ndim) and isinstance(fake.shape[0], torch.SymInt) for fake in own)
+    return tuple(bool(fake.ndim) and isinstance(fake.shape[0], torch.SymInt) for fake in graph.head.inputs)
 
 
 def _start(a: Tensor, recipe: Recipe) -> Tensor:
