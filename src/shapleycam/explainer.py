@@ -35,7 +35,7 @@ from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
 from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
-from .program import Compilation, Compiled, Program, build, compile_program
+from .program import MOST_GRAPHS, Captured, Compilation, Compiled, Program, build, compile_program
 from .utilities.named import Utility, UtilityFunction, get_utility
 from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
@@ -496,6 +496,32 @@ class Explainer:
             images,
             Compilation(targets, size, all_classes, dtype, channels_last, fold, report, options),
         )
+
+    def capture(
+        self,
+        images_like: Tensor,
+        *,
+        targets: str = "predicted",
+        size: str | int | Sequence[int] = "layer",
+        all_classes: bool = False,
+        limit: int = MOST_GRAPHS,
+    ) -> Captured:
+        """The program of this explainer by CUDA graphs: one launch per batch; called as a program is.
+
+        A graph is recorded for the batch size of the first call, rounded up to a power of two, and for others when they come;
+        see :class:`shapleycam.program.Captured`. On a CPU, or where nothing can be recorded, the program runs without graphs,
+        and ``.reason`` says why.
+
+        Args:
+            images_like, targets, size, all_classes: as for :meth:`program`; images of their dtype, on their device, follow.
+            limit: how many graphs are kept.
+
+        Raises:
+            InputError: a limit below 1.
+            ExportError, LayerError, ModelStateError, DerivativeError: as :meth:`program`.
+        """
+        program = self.program(images_like, targets=targets, size=size, all_classes=all_classes)
+        return Captured(program, images_like, limit=limit)
 
     def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
         """A call's arguments as one :class:`shapleycam.model.inputs.Inputs`, checked.

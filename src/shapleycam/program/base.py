@@ -142,12 +142,16 @@ class Program(nn.Module):
             ModelStateError: the model was edited, or is in training mode.
         """
         self.check(images, targets)
+        self.check_model()
+        with torch.no_grad():
+            return self.explain(images, targets)
+
+    def check_model(self) -> None:
+        """Raise ModelStateError where the model was edited, or is in training mode."""
         if self._mode is not None and self._mode.check():
             raise ModelStateError(
                 "The model was edited after this program was made: make another by explainer.program(images)."
             )
-        with torch.no_grad():
-            return self.explain(images, targets)
 
     def check(self, images: Tensor, targets: Tensor | None) -> None:
         """Raise InputError unless the program takes these images and targets."""
