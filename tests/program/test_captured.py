@@ -1,4 +1,4 @@
-"""Graphs of programs, with a recorder that behaves on a CPU like CUDA's: fixed buffers, results which the next call destroys."""
+"""Graphs of programs, with a recorder that behaves on a CPU like CUDA's: fixed buffers, and results that do not last."""
 
 import threading
 
