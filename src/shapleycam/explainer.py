@@ -35,7 +35,7 @@ from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
 from .model.state import ModeCheck, explained_by_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
-from .program import Program, build
+from .program import MOST_GRAPHS, Captured, Compilation, Compiled, Program, build, compile_program
 from .utilities.named import Utility, UtilityFunction, get_utility
 from .utilities.outputs import Output, check_output
 from .utilities.targets import as_targets, check_targets
@@ -430,23 +430,98 @@ class Explainer:
                         raise _unsteady(str(again)) from None
         return plan
 
-    def program(self, images: Tensor, *, targets: str = "predicted", size: str | int | Sequence[int] = "layer") -> Program:
+    def program(
+        self,
+        images: Tensor,
+        *,
+        targets: str = "predicted",
+        size: str | int | Sequence[int] = "layer",
+        all_classes: bool = False,
+    ) -> Program:
         """This explainer as a pure module ``(images, targets) -> Explained``, for ``torch.export`` and its like.
 
-        For pool-and-linear heads. It holds the very model, and is compared with this explainer on ``images``.
+        It holds the very model, and is compared with this explainer on ``images``. Behind a pool-and-linear head it is the
+        closed form around the model; any other head is traced, with its derivatives, to a graph of plain operators.
 
         Args:
             images: [N, channels, H, W] as for :meth:`__call__`; the program takes any number of images of their size.
             targets: "predicted"; "given" for a second input, int64 [N] or [N, M], where -1 is the predicted class; or "all"
                 for the maps of all K classes, [N, K, *size].
             size: of ``maps``: "layer" for the grid of the target layer, "image" for the images' own, or a size.
+            all_classes: accept that "all" costs K passes of a head that is not pool-and-linear, in memory at once.
 
         Raises:
-            ExportError: the head is not pool-and-linear, or the method, utility, engine or baseline is none that a program
-                has; or the program is off by more than 1e-4, relative.
+            ExportError: the method, utility, engine or baseline is none that a program has; the model or the derivatives of
+                its head cannot be traced (the message names the place); "all" was not accepted; or the program is off by more
+                than 1e-4, relative.
             InputError, LayerError, ModelStateError, DerivativeError: as :meth:`__call__`.
         """
-        return build(self._settings, self.prepare(images), self, images, targets, size)
+        return build(self._settings, self.prepare(images), self, images, targets, size, all_classes)
+
+    def compile(
+        self,
+        images: Tensor,
+        *,
+        targets: str = "predicted",
+        size: str | int | Sequence[int] = "layer",
+        all_classes: bool = False,
+        dtype: torch.dtype | None = None,
+        channels_last: bool | None = None,
+        fold: bool = True,
+        report: bool = False,
+        **options: Any,
+    ) -> Compiled:
+        """The program of this explainer through ``torch.compile(fullgraph=True)``; called as a program is.
+
+        It holds a copy of the weights as they are now; the model is left as it is.
+
+        Args:
+            images, targets, size, all_classes: as for :meth:`program`; the program is compiled for these images' number.
+            dtype: the weights are converted to it, as the images are in every call: float32, float64, float16 or bfloat16.
+                The utility, its derivatives in the logits and the reduction stay in float32.
+            channels_last: lay images and weights out so; None for models with 2-d convolutions.
+            fold: fold batch normalisations into the convolutions before them.
+            report: measure what all this costs in accuracy, as ``.report``.
+            options: of ``torch.compile``, such as ``dynamic=True`` or ``mode="max-autotune"``.
+
+        Raises:
+            ExportError: as :meth:`program`; the compiler is missing or fails; or the maps are off by more than 1e-4, relative
+                (float16 0.05, bfloat16 0.3).
+            InputError: another dtype, or as :meth:`__call__`, as are LayerError, ModelStateError and DerivativeError.
+        """
+        return compile_program(
+            self._settings,
+            self.prepare(images),
+            self,
+            images,
+            Compilation(targets, size, all_classes, dtype, channels_last, fold, report, options),
+        )
+
+    def capture(
+        self,
+        images_like: Tensor,
+        *,
+        targets: str = "predicted",
+        size: str | int | Sequence[int] = "layer",
+        all_classes: bool = False,
+        limit: int = MOST_GRAPHS,
+    ) -> Captured:
+        """The program of this explainer by CUDA graphs: one launch per batch; called as a program is.
+
+        A graph is recorded for the batch size of the first call, rounded up to a power of two, and for others when they come;
+        see :class:`shapleycam.program.Captured`. On a CPU, or where nothing can be recorded, the program runs without graphs,
+        and ``.reason`` says why.
+
+        Args:
+            images_like, targets, size, all_classes: as for :meth:`program`; images of their dtype, on their device, follow.
+            limit: how many graphs are kept.
+
+        Raises:
+            InputError: a limit below 1.
+            ExportError, LayerError, ModelStateError, DerivativeError: as :meth:`program`.
+        """
+        program = self.program(images_like, targets=targets, size=size, all_classes=all_classes)
+        return Captured(program, images_like, limit=limit)
 
     def inputs(self, images: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Inputs:
         """A call's arguments as one :class:`shapleycam.model.inputs.Inputs`, checked.

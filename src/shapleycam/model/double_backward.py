@@ -28,9 +28,9 @@ class TwiceDifferentiable(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            return _math_attention(*args, **kwargs)
+            return math_attention(*args, **kwargs)
         if func is F.hardsigmoid:
-            return _hardsigmoid(*args, **kwargs)
+            return hardsigmoid(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             # Runs with this mode off. Asked for its weights, it takes the decomposed road by itself.
             wanted = inspect.signature(func).bind(*args, **kwargs)
@@ -43,12 +43,12 @@ class TwiceDifferentiable(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     out = F.relu6(input + 3) / 6
     return input.copy_(out) if inplace else out
 
 
-def _math_attention(
+def math_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -8,7 +8,7 @@ from torch import nn
 
 from shapleycam import METHODS, UTILITIES, Explainer, ExportError, InputError, ModelStateError, Utility
 
-from .helpers import Split, small_heads
+from ..helpers import Split, small_heads
 
 METHODS_OF_PROGRAMS = [row.name for row in METHODS.values() if row.order and row.pooling != "principal"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
@@ -168,19 +168,11 @@ def test_an_edited_model():
         program(x)
 
 
-@pytest.mark.parametrize("head", ["conv-bn-silu", "pool-norm-linear", "flatten-mlp", "attention"])
-def test_other_heads_are_refused(head):
-    model = Split(*small_heads()[head]).eval()
-    with pytest.raises(ExportError, match="pool-and-linear"):
-        Explainer(model, "target").program(images(dtype=torch.float32))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"method": "eigengradcam"}, "not EigenGradCAM"),
         ({"method": "randomcam"}, "not RandomCAM"),
-        ({"engine": "reverse_over_reverse"}, "engines 'closed_form' and 'quadrature'"),
         ({"engine": "quadrature", "nodes": "auto"}, "number of nodes"),
         ({"engine": "quadrature", "masks": 4}, "without masks"),
         ({"baseline": torch.zeros(5, 6, 1, dtype=torch.float64)}, "any number of images"),

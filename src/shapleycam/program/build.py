@@ -1,0 +1,151 @@
+"""From a studied explainer to its program, which is compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError
+from ..model.layouts import Layout
+from ..plan import Plan, Settings
+from .base import Program, Recipe, map_size
+from .graph import ModelGraph, trace
+from .pooled import PooledProgram
+from .traced import TracedProgram
+
+#: The relative error up to which a program counts as the explainer that it was made from.
+TOLERANCE = 1e-4
+
+
+def build(
+    settings: Settings,
+    plan: Plan,
+    explain: Callable[..., Any],
+    images: Tensor,
+    targets: str,
+    size: str | int | Sequence[int],
+    all_classes: bool = False,
+) -> Program:
+    """The program of a studied explainer, compared with it; arguments and errors as :meth:`shapleycam.Explainer.program`.
+
+    Args:
+        settings, plan: of the explainer.
+        explain: the explainer, ``(images, targets) -> Explanation``.
+        images, targets, size, all_classes: as there.
+    """
+    expected = explain(images, None)
+    program = assemble(settings, plan, expected, images, targets, size, all_classes)
+    _compare(program, explain, images, expected)
+    return program
+
+
+def assemble(
+    settings: Settings,
+    plan: Plan,
+    expected: Any,
+    images: Tensor,
+    targets: str,
+    size: str | int | Sequence[int],
+    all_classes: bool,
+    converted: nn.Module | None = None,
+    fold: bool = False,
+) -> Program:
+    """The program, not compared yet.
+
+    Args:
+        expected: the explainer's explanation of ``images``.
+        settings, plan, images, targets, size, all_classes: as for :func:`build`.
+        converted: a copy of the model, in another dtype perhaps, whose weights are to be the program's own.
+        fold: fold its batch normalisations.
+    """
+    recipe, pooled = _recipe(settings, plan, expected, images, targets, size), plan.facts.pooled
+    model, frozen = settings.model if converted is None else converted, converted is not None
+    if frozen:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+        images = images.to(dtype)
+        if isinstance(recipe.path.baseline, Tensor):
+            recipe = replace(recipe, path=replace(recipe.path, baseline=recipe.path.baseline.to(dtype)))
+
+    def graph() -> ModelGraph:
+        return trace(model, recipe.layer, images, settings.images_as, fold=fold)
+
+    if pooled is not None and recipe.engine in ("closed_form", "quadrature") and settings.utility.named:
+        linear = next(name for name, module in settings.model.named_modules() if module is pooled.linear)
+        return PooledProgram(model, recipe, linear, graph() if frozen else None)
+    if targets == "all" and not all_classes:
+        classes = expected.logits.shape[1] if expected.logits is not None and expected.logits.ndim == 2 else 0
+        raise ExportError(
+            f"targets='all' costs {classes} passes of the head for each image here, all of them in memory at once, as the "
+            f"head is not pool-and-linear ({plan.facts.head}). Ask for it with all_classes=True, or use targets='given'."
+        )
+    if recipe.engine not in ("quadrature", "reverse_over_reverse"):  # of which the others are equals
+        recipe = replace(recipe, engine="reverse_over_reverse")
+    return TracedProgram(model, recipe, graph(), frozen)
+
+
+def _recipe(
+    settings: Settings, plan: Plan, expected: Any, images: Tensor, targets: str, size: str | int | Sequence[int]
+) -> Recipe:
+    if len(plan.layers) != 1:
+        raise ExportError(f"A program explains one target layer, and there are {len(plan.layers)}: make one for each.")
+    value = settings.utility.value
+    if settings.utility.rows(torch.zeros(1, dtype=torch.int64)).value is not value:
+        raise ExportError(
+            f"The utility {settings.utility.name!r} holds something for every image of one batch, and a program takes any "
+            "number of images. Use a utility that is the same for all images."
+        )
+    engine, path = plan.engine, settings.path
+    if engine == "midpoint":
+        engine, path = "quadrature", replace(path, nodes=1)
+    layout: Layout = expected.diagnostics.layouts[0]
+    return Recipe(
+        plan.layers[0][0],
+        layout,
+        settings.method,
+        settings.utility,
+        path,
+        engine,
+        tuple(images.shape[1:]),
+        map_size(size, layout.grid, expected.image_size),
+        targets,
+        plan.facts.writes,
+        settings.images_as,
+    )
+
+
+def _compare(program: Program, explain: Callable[..., Any], images: Tensor, expected: Any) -> None:
+    """Raise ExportError unless the program is the explainer, also for one image more."""
+    found = program(images)
+    if program.targets != "predicted":
+        # The predicted class, and the first and the last: what is given and what is gathered must be what is meant.
+        last = torch.full_like(expected.targets, expected.logits.shape[1] - 1)
+        classes = torch.stack((expected.targets, torch.zeros_like(last), last), 1)
+        expected = explain(images, classes)
+        found = program(images, classes) if program.targets == "given" else found
+        if program.targets == "all":
+            found = found._replace(raw=found.raw[torch.arange(len(classes), device=classes.device)[:, None], classes])
+    pairs = [(found.logits, expected.logits), (found.raw, expected.raw)]
+    if isinstance(program, TracedProgram) and program.targets != "all":
+        more = program(torch.cat((images, images[:1])))
+        pairs += [(more.logits, torch.cat((found.logits, found.logits[:1])))]
+        if found.raw.ndim == more.raw.ndim:
+            pairs += [(more.raw, torch.cat((found.raw, found.raw[:1])))]
+    wrong = off(found.logits, expected.logits), max(off(*pair) for pair in pairs)
+    if not max(wrong) <= TOLERANCE:
+        raise ExportError(
+            f"The program differs from the explainer: logits by {wrong[0]:.1e}, maps by {wrong[1]:.1e}, relative; at most "
+            f"{TOLERANCE:.0e} is allowed. Is the model the same in every call (in evaluation mode, without random parts)?"
+        )
+
+
+def off(got: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a row, by the magnitude of the row; infinite where shapes or NaN differ."""
+    if got.shape != expected.shape or not torch.equal(got.isnan(), expected.isnan()):
+        return float("inf")
+    difference = (got.double() - expected.double()).nan_to_num(0.0).flatten(1).abs().amax(1)
+    size = expected.double().nan_to_num(0.0).flatten(1).abs().amax(1)
+    return float((difference / size.clamp_min(1e-30)).amax())

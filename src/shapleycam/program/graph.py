@@ -1,0 +1,270 @@
+"""A model as one flat graph of PyTorch operators, cut at the target layer's output.
+
+The graph comes from ``torch.export`` with a free batch, and without operators that write, so that a cut through it is exact:
+the head is what depends on the layer's output, the trunk is all the rest that is needed. What the head reads of the trunk
+besides that output (a skip connection around the layer) are the cut's sides.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from ..errors import ExportError, LayerError
+from ..model.capture import replace_tensor, tensor_of
+from ..model.inputs import Inputs
+from .folding import fold_batch_norms
+
+_EXAMPLE = 13
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some nodes of a graph as a function.
+
+    Attributes:
+        module: takes the tensors called ``weights``, then the part's own inputs; returns a tuple.
+        weights: dotted names of the model's parameters and buffers, and keys of the graph's constants.
+        fakes: fake tensors like all of its inputs, in that order, with the batch symbolic.
+    """
+
+    module: fx.GraphModule
+    weights: tuple[str, ...]
+    fakes: tuple[Tensor, ...]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The fakes of its own inputs."""
+        return self.fakes[len(self.weights) :]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGraph:
+    """A model between its images, one layer's output, and its outputs.
+
+    Attributes:
+        trunk: images -> (A, *sides).
+        head: (A, *sides) -> the tensors in the model's outputs, flat.
+        whole: images -> (A, *the same).
+        constants: tensors that the model holds outside of its parameters and buffers.
+        spec: how the outputs are put together from their flat parts.
+    """
+
+    trunk: Part
+    head: Part
+    whole: Part
+    constants: dict[str, Tensor]
+    spec: TreeSpec
+
+
+class _Tapped(nn.Module):
+    """The model, which also returns the target layer's output; the head goes on with a copy of that."""
+
+    def __init__(self, model: nn.Module, layer: str, images_as: str | None, tell: Callable[[TreeSpec], None]) -> None:
+        super().__init__()
+        self.model, self._layer, self._images_as = model, layer, images_as
+        self._tell = tell  # torch.export takes back what a forward pass sets on its module
+
+    def forward(self, images: Tensor) -> list[Any]:
+        found: list[Tensor] = []
+
+        def take(module: nn.Module, args: Any, output: Any) -> Any:
+            tensor = tensor_of(output, self._layer)
+            found.append(tensor.clone())
+            return replace_tensor(output, tensor, found[-1].clone())
+
+        handle = self.model.get_submodule(self._layer).register_forward_hook(take)
+        try:
+            outputs = Inputs(images, images_as=self._images_as).run(self.model)
+        finally:
+            handle.remove()
+        if len(found) != 1:
+            raise LayerError(f"Layer {self._layer!r} runs {len(found)} times in the graph of the model; it must run once.")
+        leaves, spec = tree_flatten(outputs)
+        if not all(isinstance(leaf, (Tensor, int, float, type(None))) for leaf in leaves):
+            raise ExportError(f"The model returns {type(outputs).__name__} with parts that are no tensors.")
+        self._tell(spec)
+        return [found[0], *leaves]
+
+
+def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = None, *, fold: bool = False) -> ModelGraph:
+    """The graph of a model in evaluation mode, for any number of images; the model is left as it is.
+
+    With ``fold`` a batch normalisation goes into the convolution that alone feeds it: exact, and weights that are changed later
+    are not followed.
+
+    Raises:
+        ExportError: the model has no such graph: control flow that depends on the images' values, say, or a number of images
+            that it fixes. The message names the place.
+    """
+    specs: list[TreeSpec] = []
+    tapped = _Tapped(_shadow(model), layer, images_as, specs.append)
+    # A number that no other size is likely to have: where the batch equals one, torch may take them for the same.
+    example = images[:1].detach().expand(_EXAMPLE, *images.shape[1:]).contiguous()
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                tapped, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+            ).run_decompositions({})
+    except (ExportError, LayerError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch.export raises whatever the model does on tensors without values
+        raise ExportError(
+            f"{type(model).__name__} cannot be traced to a graph{place_of(error)}: {said(error)} A program needs a forward "
+            "pass without decisions on the values of tensors, for any number of images (x.shape[0], not len(x))."
+        ) from error
+    return _cut(program, specs[-1], fold)
+
+
+def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None], names: Sequence[str]) -> list[Tensor]:
+    """A model's weights by their dotted names, and a graph's constants by their keys."""
+    found = []
+    for name in names:
+        tensor = constants.get(name)
+        if tensor is None:
+            path, _, last = name.rpartition(".")
+            tensor = getattr(model.get_submodule(path), last)
+        found.append(tensor)
+    return found
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy of the model's modules over the same tensors: tracing swaps them, which no other thread is to see."""
+    tensors = chain(model.parameters(), model.buffers())
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be copied ({error}), and tracing works on a copy. Give it a __deepcopy__."
+        ) from error
+
+
+def said(error: BaseException) -> str:
+    """The first telling line of torch's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(".") + "."
+
+
+def place_of(error: BaseException) -> str:
+    """Where the user's own code was, in words: the innermost line that is neither torch's nor this package's."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = [(f.filename, f.lineno, f.name, f.line or "") for f in traceback.extract_tb(seen.__traceback__)]
+        # An operator of a graph remembers in torch's message where the model called it.
+        told = re.findall(r'File "(.+?)", line (\d+), in (.+)\n +(.+)', str(seen))
+        for filename, line, function, code in (*reversed(frames), *reversed(told)):
+            if not filename.startswith(own):
+                return f" (at {filename}:{line}, in {function}: {code.strip()})"
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------------------- the cut
+
+
+def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> ModelGraph:
+    graph, signature = program.graph, program.graph_signature
+    kinds = {s.arg.name: s for s in signature.input_specs}
+    constants: dict[str, Tensor] = {}
+    names: dict[fx.Node, str] = {}
+    images: fx.Node | None = None
+    for node in graph.find_nodes(op="placeholder"):
+        kind, target = kinds[node.name].kind, kinds[node.name].target
+        if kind == InputKind.USER_INPUT:
+            images = node
+        elif kind in (InputKind.PARAMETER, InputKind.BUFFER) and target is not None:
+            names[node] = target.removeprefix("model.")
+        elif kind == InputKind.CONSTANT_TENSOR and target is not None:
+            constants[f"constant_{len(constants)}"] = program.constants[target]
+            names[node] = f"constant_{len(constants) - 1}"
+        else:
+            raise ExportError(f"The model's graph takes {node.name!r} ({kind.name}), which a program cannot hold.")
+    output = graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    specs = signature.output_specs
+    given = [r for r, s in zip(results, specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
+    if len(given) < len(results):
+        raise ExportError("The model writes into its parameters, buffers or images in every call, which a program does not do.")
+    if fold:
+        fold_batch_norms(graph, names, {**program.state_dict, **program.constants}, constants)
+    tapped, *outputs = given
+    assert images is not None and isinstance(tapped, fx.Node)
+    copies = [user for user in tapped.users if user.target == torch.ops.aten.clone.default]
+    behind: set[fx.Node] = set(copies)
+    for node in graph.nodes:
+        if node is not output and any(argument in behind for argument in node.all_input_nodes):
+            behind.add(node)
+    read = {n for node in (*behind, output) for n in node.all_input_nodes if n not in behind} - {tapped, *names}
+    sides = [n for n in graph.nodes if n in read and isinstance(n.meta["val"], Tensor)]
+    batch = images.meta["val"].shape[0]
+    if not any(str(n.meta["val"].shape[0]) == str(batch) for n in (tapped, *sides) if n.meta["val"].ndim):
+        sides.append(images)  # whose number the head may want to know
+    copies.append(tapped)
+    graph_of = partial(_part, graph, names, copies, program.graph_module)
+    whole, trunk = graph_of([images], given), graph_of([images], [tapped, *sides])
+    head = graph_of([tapped, *sides], outputs)
+    return ModelGraph(trunk, head, whole, constants, spec)
+
+
+def _part(
+    graph: fx.Graph,
+    names: dict[fx.Node, str],
+    copies: Sequence[fx.Node],
+    root: nn.Module,
+    inputs: Sequence[fx.Node],
+    results: Sequence[Any],
+) -> Part:
+    """The nodes between inputs and results as a function; ``copies`` are left out, as nothing in the graph writes."""
+    sized = {str(n.meta["val"].shape[0]): n for n in reversed(inputs) if n.meta["val"].ndim}
+
+    def counts(node: fx.Node) -> bool:
+        """Whether the node is a size that one of the inputs has as its first dimension."""
+        value = node.meta.get("val")
+        return isinstance(value, torch.SymInt) and str(value) in sized
+
+    wanted: set[fx.Node] = set()
+    waiting = [result for result in results if isinstance(result, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in wanted:
+            wanted.add(node)
+            waiting.extend(() if node in inputs or counts(node) else node.all_input_nodes)
+    made = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    weights = [node for node in graph.nodes if node in wanted and node in names]
+    for node in (*weights, *inputs):
+        copied[node] = made.placeholder(node.name)
+    for node in graph.nodes:
+        if node not in wanted or node in copied:
+            continue
+        if node in copies:
+            copied[node] = copied[node.all_input_nodes[0]]
+        elif counts(node):
+            copied[node] = made.call_function(torch.ops.aten.sym_size.int, (copied[sized[str(node.meta["val"])]], 0))
+        else:
+            copied[node] = made.node_copy(node, copied.__getitem__)
+    made.output(tuple(copied[result] if isinstance(result, fx.Node) else result for result in results))
+    fakes = tuple(node.meta["val"].detach() for node in (*weights, *inputs))
+    return Part(fx.GraphModule(root, any_strides(made)), tuple(names[node] for node in weights), fakes)
+
+
+def any_strides(graph: fx.Graph) -> fx.Graph:
+    """Make a graph independent of how its example lay in memory: images may be channels-last, rows may be repeated."""
+    for operator in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=operator):
+            node.target = torch.ops.aten.reshape.default
+    return graph

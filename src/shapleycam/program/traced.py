@@ -1,0 +1,183 @@
+"""Programs of all other heads: reverse over reverse, or quadrature, traced to a graph of plain operators.
+
+The derivatives are taken while tracing, of the head alone and with respect to the target layer's output: what remains is a
+function of tensors, which runs, compiles and exports like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_unflatten
+
+from ..derivatives.path import background
+from ..errors import ExportError, ShapleyCamError
+from ..model.layouts import Transformed
+from ..ops import reference
+from ..utilities.named import evaluate
+from .base import Program, Recipe
+from .folding import bind
+from .graph import ModelGraph, any_strides, place_of, said, tensors_of
+from .substitutes import Smooth
+
+
+class TracedProgram(Program):
+    """A trunk and the derivatives of a head, both flat graphs over the weights of the user's model.
+
+    With several classes per image the head runs once for each, all of them together.
+
+    Args:
+        model: as for :class:`Program`.
+        recipe: as there.
+        graph: of the model.
+        frozen: hold the weights as they are now, and not the model.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, graph: ModelGraph, frozen: bool = False) -> None:
+        super().__init__(None if frozen else model, recipe)
+        trunk, derivatives = graph.trunk.module, _derivatives(recipe, graph)
+        self._given = recipe.targets != "predicted"
+        self._by_row = _by_row(graph)
+        results: Any = derivatives.graph.output_node().args[0]
+        self._classes = int(results[0].meta["val"].shape[1])
+        self._trunk_weights, self._head_weights = graph.trunk.weights, graph.head.weights
+        if frozen:
+            trunk = bind(trunk, tensors_of(model, graph.constants, self._trunk_weights))
+            derivatives = bind(derivatives, tensors_of(model, graph.constants, self._head_weights))
+            self._trunk_weights = self._head_weights = ()
+        else:
+            for name, tensor in graph.constants.items():
+                self.register_buffer(name, tensor, persistent=False)
+        self.trunk, self.derivatives = trunk, derivatives
+
+    def _tensors(self, names: Sequence[str]) -> list[Tensor]:
+        """The weights as they are now; a parameter that was replaced is followed."""
+        if self.model is None:
+            return []
+        return tensors_of(self.model, self._buffers, names)
+
+    def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self.trunk(*self._tensors(self._trunk_weights), images)
+        classes = 1
+        count = images.shape[0]
+        if self.targets == "all":
+            classes = self._classes
+            targets = torch.arange(classes, device=images.device).expand(count, -1)
+        elif targets is not None:
+            classes = targets.shape[1]
+        rows: list[Tensor] = []
+        if self._given:
+            # [M, N] in one row: the inputs are repeated class by class.
+            rows = [targets.T.reshape(-1) if targets is not None else images.new_full((count,), -1, dtype=torch.int64)]
+            if targets is not None and targets.shape[1] != 1:
+                inputs = [
+                    each.unsqueeze(0).expand(classes, *each.shape).flatten(0, 1) if by_row else each
+                    for each, by_row in zip(inputs, self._by_row, strict=True)
+                ]
+        logits, chosen, weight, *hvp = self.derivatives(*self._tensors(self._head_weights), *inputs, *rows)
+        a = self.layout.view(inputs[0])
+        if self._named_baseline != "zero":
+            a = a - background(self.baseline if self.baseline is not None else self._named_baseline, a)
+        views = [self.layout.view(each) for each in (weight, *hvp)]
+        raw = reference.weighted_reduce(a, views[0], views[1] if hvp else None, self.method.pooling)
+        known = (chosen >= 0) & (chosen < logits.shape[1])
+        raw = torch.where(known[:, None], raw, float("nan"))
+        shape = (-1, count)
+        return logits[:count], chosen.view(shape).T, raw.view(*shape, raw.shape[1]).transpose(0, 1)
+
+
+def _by_row(graph: ModelGraph) -> tuple[bool, ...]:
+    """Which of (A, *sides) have a row for every image, or several."""
+    return tuple(bool(fake.ndim) and isinstance(fake.shape[0], torch.SymInt) for fake in graph.head.inputs)
+
+
+def _start(a: Tensor, recipe: Recipe) -> Tensor:
+    """The baseline as an output of the layer; tokens that are no positions stay as they are."""
+    layout = recipe.layout
+    if isinstance(layout, Transformed):
+        if not recipe.path.from_zero:
+            raise ExportError("A program with a reshape transform that computes has baseline='zero' only.")
+        return torch.zeros_like(a)
+    view = layout.view(a)
+    flat = background(recipe.path.baseline, view).expand_as(view)
+    if layout.kind == "NTC":
+        last = a.shape[1] - layout.suffix
+        return torch.cat((a[:, : layout.prefix], flat.transpose(1, 2), a[:, last:]), 1)
+    base: Tensor = flat.unflatten(2, layout.grid)
+    return base if layout.channels_dim == 1 else base.movedim(1, -1)
+
+
+def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
+    """(weights, A, sides, classes where they are given) -> (logits, classes, g or the path's integral, HA at order 2)."""
+    head, utility = graph.head, recipe.utility
+    count = len(head.weights)
+    rule, second = recipe.rule, recipe.method.order == 2
+    by_row = _by_row(graph)
+    given = recipe.targets != "predicted"
+
+    def run(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Any, Tensor]:
+        leaves = Smooth(head.module).run(*weights, *inputs)
+        outputs = tree_unflatten(list(leaves), graph.spec)
+        logits = utility.logits_of(outputs)
+        if logits is None or logits.ndim != 2:
+            raise ExportError(
+                f"A program returns logits [N, K], and the model returns "
+                f"{type(outputs).__name__ if logits is None else tuple(logits.shape)}. Say where they are with output=."
+            )
+        return outputs, logits
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, inputs = tensors[:count], tensors[count : count + len(by_row)]
+        asked = tensors[-1] if given else None
+        a, sides = inputs[0], inputs[1:]
+        rows, copies = a, 1
+        if rule is not None:
+            base = _start(a, recipe)
+            rows = torch.cat([a, *(base + t * (a - base) for t in rule[0])])
+            copies = len(rule[0]) + 1
+        beside = [torch.cat([side] * copies) if many else side for side, many in zip(sides, by_row[1:], strict=True)]
+
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_(True)
+            outputs, logits = run(weights, (rows, *beside))
+            z = logits[: a.shape[0]].detach()
+            chosen = z.argmax(1)
+            if asked is not None:
+                chosen = torch.where(asked == -1, chosen, asked)
+            safe = torch.cat([chosen.clamp(0, z.shape[1] - 1)] * copies)
+            u = evaluate(utility, outputs, logits, safe, rows.shape[0])
+            (g,) = torch.autograd.grad(u.sum(), rows, create_graph=second and rule is None)
+            if rule is not None:
+                parts = g.unflatten(0, (copies, -1)).unbind(0)[1:]
+                return z, chosen, torch.stack([share * part for share, part in zip(rule[1], parts, strict=True)]).sum(0)
+            if not second:
+                return z, chosen, g
+            direction = a if recipe.path.from_zero else a - _start(a, recipe)
+            if not g.requires_grad:
+                return z, chosen, g
+            (hvp,) = torch.autograd.grad(g, rows, direction.detach(), allow_unused=True)
+        return (z, chosen, g.detach()) if hvp is None else (z, chosen, g.detach(), hvp)
+
+    fakes = list(head.fakes)
+    mode = detect_fake_mode(fakes)
+    assert mode is not None
+    mode.cache_enabled = False  # with a symbolic batch its entries cost more than they save
+    with torch.no_grad(), mode:
+        if given:
+            fakes.append(torch.full((head.fakes[count].shape[0],), -1, dtype=torch.int64, device=head.fakes[count].device))
+        try:
+            made = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        except (ShapleyCamError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever an operator's derivative or a user's utility raises on tensors without values
+            raise ExportError(
+                f"The derivatives of the head behind {recipe.layer!r} cannot be traced{place_of(error)}: {said(error)}"
+            ) from error
+    any_strides(made.graph).eliminate_dead_code()
+    made.recompile()
+    return made

@@ -1,0 +1,280 @@
+"""Traced programs against their explainers and torch's own Hessian-vector product, in float64, and through torch.export."""
+
+import pytest
+import torch
+from torch import nn
+
+from shapleycam import UTILITIES, Explainer, ExportError, Layout, ModelStateError
+from shapleycam.objectives import SegmentationScore
+
+from ..helpers import Split, small_heads
+
+HEADS = [name for name in small_heads() if name != "pool-linear"]
+TIGHT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def curved(head: str = "conv-bn-silu", dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(3)
+    model = Split(*small_heads()[head]).eval().to(dtype)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.3, 1.5)
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        last.weight.mul_(6)
+    return model
+
+
+def images(count: int = 5, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(count, 3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def by_torch(model: nn.Module, x: torch.Tensor, target: int, utility: str) -> torch.Tensor:
+    """ShapleyCAM's raw map of one image, by the definitions: torch.autograd.functional.hvp of the head alone."""
+    a = model.target(x).detach()
+
+    def value(b: torch.Tensor) -> torch.Tensor:
+        z = model.head(b.clone())[0]
+        log_p = z.log_softmax(0)[target]
+        return {"logit": z[target], "probability": log_p.exp(), "log_probability": log_p, "rest": z[target] + log_p}[utility]
+
+    g = torch.autograd.functional.jacobian(value, a)
+    _, hvp = torch.autograd.functional.hvp(value, a, a)
+    w = g - hvp / 2
+    if a.ndim == 3:  # a class token, then the patches
+        a, w = (t[:, 1:].transpose(1, 2).unflatten(2, (4, 4)) for t in (a, w))
+    return (w.mean((2, 3), keepdim=True) * a).sum(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("head", "utility"), [*((head, "rest") for head in HEADS), *(("conv-bn-silu", u) for u in UTILITIES if u != "rest")]
+)
+def test_against_the_definition(head, utility, monkeypatch):
+    if head == "attention":  # fused attention has no second derivative
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", _plain_attention)
+    model, x = curved(head), images()
+    targets = torch.tensor([0, 3, 1, 4, 2])
+    program = Explainer(model, "target", utility=utility).program(x[:2], targets="given")
+    found = program(x, targets)
+    assert program.engine == "reverse_over_reverse"
+    for i, target in enumerate(targets.tolist()):
+        torch.testing.assert_close(found.raw[i], by_torch(model, x[i : i + 1], target, utility), **TIGHT)
+
+
+def _plain_attention(q, k, v):
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [
+        ("shapleycam-e", "auto"),
+        ("shapleycam-x", "auto"),
+        ("layercam", "auto"),
+        ("gradcam++", "auto"),
+        ("xgradcam", "quadrature"),
+    ]
+    + [(method, "quadrature") for method in ("shapleycam", "shapleycam-x")],
+)
+def test_a_program_is_its_explainer(method, engine):
+    model, x = curved(), images()
+    explainer = Explainer(model, "target", method, engine=engine, backend="torch")
+    program = explainer.program(x[:2], targets="given", size="image")
+    many = torch.tensor([[0, 3], [1, 1], [2, 4], [4, 0], [3, 2]])
+    for targets in (None, many[:, 1], many):
+        expected, found = explainer(x, targets), program(x, targets)
+        assert torch.equal(found.targets, expected.targets)
+        torch.testing.assert_close(found.logits, expected.logits, **TIGHT)
+        torch.testing.assert_close(found.raw, expected.raw, **TIGHT)
+        torch.testing.assert_close(found.maps, expected.heatmaps(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("head", "engine", "start"),
+    [("conv-bn-silu", "auto", "mean"), ("conv-bn-silu", "midpoint", "mean")]
+    + [("attention", engine, "tensor") for engine in ("auto", "quadrature")],
+)
+def test_baselines(head, engine, start):
+    model, x = curved(head), images()
+    baseline = "mean" if start == "mean" else torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None]
+    explainer = Explainer(model, "target", "shapleycam-h", engine=engine, baseline=baseline, backend="torch")
+    torch.testing.assert_close(explainer.program(x[:2])(x).raw, explainer(x).raw, **TIGHT)
+
+
+def test_a_users_utility_and_outputs():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = curved()
+
+        def forward(self, x):
+            z = self.inner(x)
+            return {"logits": z, "twice": 2 * z}
+
+    def margin(outputs, targets):
+        z = outputs["logits"].tanh() * outputs["twice"]
+        return z.gather(1, targets[:, None])[:, 0] - z.mean(1)
+
+    x = images()
+    for engine in ("auto", "quadrature"):
+        explainer = Explainer(Wrapped().eval(), "inner.target", utility=margin, engine=engine)
+        torch.testing.assert_close(explainer.program(x[:2])(x).raw, explainer(x).raw, **TIGHT)
+    # Also where the head is pool-and-linear, of which a program's closed form needs the utility's coefficients.
+    model = Split(*small_heads()["pool-linear"]).eval().double()
+    explainer = Explainer(model, "target", utility=lambda z, t: z.gather(1, t[:, None])[:, 0].tanh() + z.square().sum(1))
+    torch.testing.assert_close(explainer.program(x[:2])(x).raw, explainer(x).raw, **TIGHT)
+
+
+class Around(nn.Module):
+    """Something goes past the target layer: an image's own feature, its count, and a table that belongs to no image."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.target, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 5)
+        self.register_buffer("table", torch.randn(6))
+        self.scale = torch.full((1,), 1.5, dtype=torch.float64)  # neither a parameter nor a buffer
+
+    def forward(self, x):
+        y = self.stem(x)
+        a = self.target(y).relu_()
+        mixed = (a * y.sigmoid() + self.table[:, None, None].tanh()).view(x.shape[0], 6, -1)
+        return self.last(torch.tanh(mixed * self.scale).mean(2)) * 4
+
+
+@pytest.mark.parametrize("engine", ["auto", "quadrature"])
+def test_what_goes_around_the_layer(engine):
+    torch.manual_seed(0)
+    model, x = Around().eval().double(), images()
+    explainer = Explainer(model, "target", engine=engine, backend="torch")
+    program = explainer.program(x[:2], targets="given")
+    many = torch.tensor([[0, 3, 1], [1, 1, 2], [2, 4, 0], [4, 0, 0], [3, 2, 1]])
+    torch.testing.assert_close(program(x, many).raw, explainer(x, many).raw, **TIGHT)
+
+
+def test_all_classes_must_be_asked_for():
+    model, x = curved(), images()
+    explainer = Explainer(model, "target")
+    with pytest.raises(ExportError, match="5 passes of the head"):
+        explainer.program(x, targets="all")
+    found = explainer.program(x[:2], targets="all", all_classes=True)(x)
+    expected = explainer(x, torch.arange(5).expand(5, 5).contiguous())
+    torch.testing.assert_close(found.raw, expected.raw, **TIGHT)
+    assert found.maps.shape == (5, 5, 4, 4)
+
+
+def test_targets():
+    x = images()
+    explainer = Explainer(curved(), "target")
+    program = explainer.program(x, targets="given")
+    plain = explainer.program(x)(x)
+    found = program(x, torch.tensor([-1, 2, 5, -2, -1]))
+    assert torch.equal(found.targets[[0, 4]], plain.targets[[0, 4]]) and found.targets[1:4].tolist() == [2, 5, -2]
+    torch.testing.assert_close(found.raw[[0, 4]], plain.raw[[0, 4]], **TIGHT)
+    for part in (found.raw, found.maps):
+        assert part[[2, 3]].isnan().all() and part[[0, 1, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("engine", "targets"), [("auto", "predicted"), ("auto", "given"), ("auto", "all"), ("quadrature", "given")]
+)
+def test_torch_export_takes_it(engine, targets):
+    x = images(dtype=torch.float32)
+    program = Explainer(curved("attention", torch.float32), "target", engine=engine).program(
+        x, targets=targets, size=(6, 6), all_classes=True
+    )
+    given = (torch.tensor([[0, 1], [-1, 9]]),) if targets == "given" else ()
+    n, m = torch.export.Dim("n", min=1), torch.export.Dim("m", min=1)
+    dims = ({0: n}, {0: n, 1: m}) if given else ({0: n}, None)
+    exported = torch.export.export(program, (x[:2], *(given or (None,))), dynamic_shapes=dims)
+    assert not any("shapleycam" in str(node.target) for node in exported.graph.nodes)  # plain operators alone
+    for count in (1, 5):
+        asked = torch.tensor([[0, -1, 7]]).expand(count, 3) if given else None
+        found, expected = exported.module()(x[:count], asked), program(x[:count], asked)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_the_model_is_left_as_it_was_and_followed():
+    model, x = curved(), images()
+    model.head[0].weight.grad = torch.ones_like(model.head[0].weight)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    explainer = Explainer(model, "target")
+    program = explainer.program(x)
+    program.train()(x)
+    assert not model.training and not model.target._forward_hooks
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters()) and bool((model.head[0].weight.grad == 1).all())
+    with torch.no_grad():
+        model.head[0].weight.mul_(-1.5)
+        model.head[1].running_mean.add_(0.5)
+    torch.testing.assert_close(program(x).raw, explainer(x).raw, **TIGHT)
+    model.head[0].weight = nn.Parameter(model.head[0].weight.detach() / 2)
+    torch.testing.assert_close(program(x).raw, explainer(x).raw, **TIGHT)
+    model.head[2] = nn.Tanh()
+    with pytest.raises(ModelStateError, match="edited"):
+        program(x)
+
+
+def test_nan_in_an_image_is_nan_in_its_map_alone():
+    model, x = curved(), images()
+    program = Explainer(model, "target").program(x)
+    x[1, 0, 0, 0] = float("nan")
+    raw = program(x).raw
+    assert raw[1].isnan().all() and raw[[0, 2, 3, 4]].isfinite().all()
+
+
+class Decides(nn.Module):
+    def forward(self, a):
+        if a.sum() > 0:  # the place that the error names
+            return a * 2
+        return a.tanh()
+
+
+def test_control_flow_is_refused_and_its_place_named():
+    model, x = curved(), images()
+    model.head.insert(0, Decides())
+    with pytest.raises(ExportError, match=r"test_traced\.py:\d+, in forward: if a\.sum\(\) > 0"):
+        Explainer(model.eval(), "target").program(x)
+
+
+def test_a_fixed_number_of_images_is_refused():
+    class Fixed(nn.Module):
+        def forward(self, a):
+            return a.reshape(len(a), 6, 4, 4)
+
+    model = curved()
+    model.head.insert(0, Fixed())
+    with pytest.raises(ExportError, match=r"batch.*not len\(x\)"):
+        Explainer(model.eval(), "target").program(images(2))
+
+
+def test_what_a_program_does_not_have():
+    x = images()
+    with pytest.raises(ExportError, match="one target layer, and there are 2"):
+        Explainer(curved(), ["target", "head.0"]).program(x)
+    mask = torch.rand(5, 4, 4) > 0.5
+    with pytest.raises(ExportError, match="every image of one batch"):
+        Explainer(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh(), nn.Conv2d(6, 5, 1)).eval().double(), "0",
+                  utility=SegmentationScore(mask=mask)).program(x, targets="given")  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh(), nn.Conv2d(6, 5, 1)).eval().double()
+    with pytest.raises(ExportError, match=r"logits \[N, K\]"):
+        Explainer(model, "0", utility=lambda z, t: z.square().mean((1, 2, 3))).program(x)
+
+
+def test_layouts():
+    class Last(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
+
+    class Back(nn.Module):
+        def forward(self, a):
+            return a.permute(0, 3, 1, 2)
+
+    model = curved()
+    model.target = nn.Sequential(model.target, Last())
+    model.head.insert(0, Back())
+    x = images()
+    for options in ({}, {"baseline": "mean"}, {"engine": "quadrature", "baseline": "mean"}):
+        explainer = Explainer(model.eval(), "target", "shapleycam-h", layout=Layout("NHWC", (4, 4)), backend="torch", **options)
+        torch.testing.assert_close(explainer.program(x[:2])(x).raw, explainer(x).raw, **TIGHT)
