@@ -102,6 +102,20 @@ def _number_of_nodes(text: str | None) -> int | str | None:
         raise typer.BadParameter(f"{text!r} is neither a whole number nor 'auto'.", param_hint="--nodes") from None
 
 
+def _several(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in _several(text))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{text!r}: expected whole numbers from 1, with commas between them.", param_hint=option)
+    return found
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"shapleycam {__version__}")
@@ -268,6 +282,65 @@ def demo(out: Out = Path("shapleycam-out/demo"), device: Device = "auto", backen
     from .demo import run_demo
 
     return run_demo(out, device, backend, _results(), _stderr)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(help="As for explain; several with commas between them.")] = "efficientnet-lite0",
+    weights: Annotated[str | None, typer.Option(help="As for explain; 'random' for seeded ones, which cost the same.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "1,8",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; several with commas.")] = "float32",
+    layout: Annotated[str, typer.Option(help="Of the memory: NCHW, NHWC, or both with a comma.")] = "NCHW",
+    engine: Annotated[str, typer.Option(help="Derivative engines, with commas between them.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Operator backends, with commas between them.")] = "auto",
+    mode: Annotated[str, typer.Option(help="eager, compiled, captured (CUDA graphs); several with commas.")] = "eager",
+    layer: Annotated[str, typer.Option(help="Target layer.")] = "auto",
+    method: Annotated[str, typer.Option(help="As for explain.")] = "shapleycam",
+    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    size: Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the model's own if not given.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds in which all cases take turns.")] = 20,
+    device: Device = "auto",
+    overlay: Annotated[bool, typer.Option(help="Whether overlays belong to an explanation.")] = True,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome or Perfetto trace of the first case.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw stacked bars and a roofline: .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write all samples, which --compare reads.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="OLD NEW", help="Measure nothing: two files of --out, FAST or SLOW?")
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0.0, help="With --compare: what counts as a difference.")] = 0.02,
+    json: Json = False,
+) -> int:
+    """Measure what an explanation costs, stage by stage, beside the plain forward pass and the physical limit.
+
+    All combinations of the options take turns in one process. With --compare, the exit status is 1 where an explanation became
+    slower.
+    """
+    from .profile import Options, run_compare, run_profile
+
+    if compare is not None:
+        return run_compare(*compare, threshold, _results())
+    options = Options(
+        models=_several(model),
+        weights=weights,
+        layer=layer,
+        method=method,
+        utility=utility,
+        batches=_numbers(batch, "--batch"),
+        dtypes=_several(dtype),
+        layouts=_several(layout),
+        engines=_several(engine),
+        backends=_several(backend),
+        modes=_several(mode),
+        size=size,
+        rounds=rounds,
+        device=device,
+        overlay=overlay,
+        trace=trace,
+        picture=picture,
+        out=out,
+        json=json,
+    )
+    return run_profile(options, _results(), _stderr)
 
 
 @app.command()

