@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test long quick lint format bench parity picture ci clean
+.PHONY: help install demo test long quick lint format bench bench-peers parity picture ci clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ format: $(STAMP)  ## Rewrite the sources the way lint wants them
 
 bench: $(STAMP)  ## Explanation against forward pass and pytorch-grad-cam; writes bench/results/
 	$(BIN)/python -m pytest bench/test_explain.py
+
+bench-peers: $(STAMP)  ## pytorch-grad-cam, torch-cam and captum beside ours; resumable, writes bench/results/ and docs/peers.md
+	$(BIN)/python -m bench.peers
 
 parity: $(STAMP)  ## Maps against pytorch-grad-cam's, torch-cam's and the formulas; writes docs/parity.md
 	$(BIN)/python -m bench.parity
