@@ -51,8 +51,18 @@ struct Fibre {
   bool done = false;
 };
 
+// What a launcher asked for: what tests compare, and bench/gpu_model.py reckons with.
+struct Launch {
+  const void* kernel;
+  dim3 grid;
+  unsigned threads;
+  size_t shared;
+};
+
 struct State {
   std::mutex mutex;
+  std::vector<Launch> log;
+  bool dry = false;  // only the log is kept: nothing runs, and pointers may lead nowhere
   std::mt19937 source;
   ucontext_t scheduler;
   std::vector<Fibre> fibres;
@@ -107,6 +117,10 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared, Arguments
   const std::lock_guard<std::mutex> guard(s.mutex);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads == 0 || threads > 1024 || shared > (48 << 10)) {
     s.error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  if (s.dry) {
+    s.log.push_back({reinterpret_cast<const void*>(kernel), grid, threads, shared});
     return;
   }
   s.grid = grid;
