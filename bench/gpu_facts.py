@@ -33,6 +33,7 @@ class Loop:
         width: bytes of the widest of these loads.
         flight: most bytes that are under way at once: asked for, and not used yet.
         stores: bytes stored to global memory.
+        inner: whether there is no loop inside it.
     """
 
     instructions: int
@@ -40,12 +41,13 @@ class Loop:
     width: int
     flight: int
     stores: int
+    inner: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A kernel on one chip: see :class:`Usage`; instructions outside the innermost loops, barriers and shuffles of the
-    code, and the loops that touch global memory, in its order.
+    """A kernel on one chip: see :class:`Usage`; instructions outside the innermost ones of the loops listed, barriers
+    and shuffles of the code, and the loops that touch global memory, in its order.
     """
 
     registers: int
@@ -121,7 +123,7 @@ def _shortest(body: Sequence[str], targets: dict[int, int]) -> int:
 
 
 def read(section: str) -> tuple[int, int, int, list[Loop]]:
-    """(instructions outside the innermost loops, barriers, shuffles, loops that touch global memory)."""
+    """(instructions outside the innermost of the loops, barriers, shuffles, loops that touch global memory)."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in section.splitlines():
@@ -140,13 +142,13 @@ def read(section: str) -> tuple[int, int, int, list[Loop]]:
         own = [i for i in range(a, b + 1) if not any(c <= i <= d for c, d in inner)]
         place = {i: position for position, i in enumerate(own)}
         body = [code[i] for i in own]
-        within += 0 if inner else len(body)
         loads = [_bytes(op) for op in map(_operation, body) if op.startswith("LDG")]
         stores = [_bytes(op) for op in map(_operation, body) if op.startswith("STG")]
         targets = {place[i]: place[to] for i, to in branches.items() if i in place and to in place and to > i}
         if loads or stores:
+            within += 0 if inner else len(body)
             instructions = len(body) if inner else _shortest(body, targets)
-            loops.append(Loop(instructions, sum(loads), max(loads, default=0), flight(body), sum(stores)))
+            loops.append(Loop(instructions, sum(loads), max(loads, default=0), flight(body), sum(stores), not inner))
     operations = [_operation(instruction) for instruction in code]
     barriers = sum(op.startswith("BAR") for op in operations)
     return len(code) - within, barriers, sum(op.startswith("SHFL") for op in operations), loops

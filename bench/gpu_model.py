@@ -68,7 +68,7 @@ COPY = 0.90  # share of the data sheet's bandwidth that a copy reaches
 LOADED = 2.0  # memory latency under load over that of an idle chip
 CPI = 3.0  # cycles from one instruction of a warp to its next, mostly dependent ones (4 cycles), some not
 ISSUE = 0.8  # instructions that a scheduler issues per cycle with warps enough
-OUTSIDE = 0.5  # share of the code outside the loops that a call runs: one dtype of several, no slow division
+OUTSIDE = 1 / 3  # share of the code outside the loops that a call runs: one dtype of several, one tail of an unrolled loop
 BARRIER, SHUFFLE = 40, 25  # cycles
 INTAKE = 64  # bytes a cycle and multiprocessor
 KNEE = 3.0  # how sharply latency gives way to bandwidth
@@ -78,12 +78,14 @@ FLOPS = {"A100 80GB": 19.5e12, "H100 SXM": 67e12, "H200": 67e12}  # float32 with
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a launch moves: one entry of ``loads`` per phase that follows the one before, in bytes; whether these lie in memory
-    or in the L2; and the bytes it stores."""
+    """What a launch moves, in bytes: one entry of ``loads`` per phase that follows the one before, and what it stores; whether
+    the loads lie in memory or in the L2, and whether the stores go to memory.
+    """
 
     loads: tuple[float, ...]
     stores: float
     in_memory: bool
+    stored_in_memory: bool = False
 
 
 def resident(launch: Launch, facts: Facts, chip: Chip) -> int:
@@ -112,17 +114,17 @@ def seconds(launch: Launch, facts: Facts, work: Work, width: int, chip: Chip) ->
     loops = chosen(facts, width, len(work.loads))
     for i, moved in enumerate(work.loads):
         share = moved / blocks / threads  # of a thread
-        loop = loops[min(i, len(loops) - 1)] if loops else Loop(10, width, width, width, 0)
+        loop = loops[min(i, len(loops) - 1)] if loops else Loop(10, width, width, width, 0, True)
         rounds = max(1, math.ceil(share / loop.flight))
         cycles += max(rounds * latency, share / loop.loads * loop.instructions * cpi)
-    storing = [loop for loop in facts.loops if loop.stores]
+    storing = [loop for loop in facts.loops if loop.stores and loop.inner]
     if storing:
-        per_byte = min(loop.instructions / loop.stores for loop in storing)
-        cycles += work.stores / blocks / threads * per_byte * cpi
+        loop = max(storing, key=lambda loop: loop.instructions)  # the others fill, or copy what is short
+        cycles += work.stores / blocks / threads * loop.instructions / loop.stores * cpi
     waves = math.ceil(blocks / most)
     moved = sum(work.loads) + work.stores
-    rate = chip.copy if work.in_memory else chip.l2
-    bandwidth = max(moved / rate, moved / blocks * together * waves / (INTAKE * chip.clock))
+    in_memory = sum(work.loads) * work.in_memory + work.stores * work.stored_in_memory
+    bandwidth = max(in_memory / chip.copy + (moved - in_memory) / chip.l2, moved / blocks * together * waves / (INTAKE * chip.clock))
     return chip.empty + ((waves * cycles / chip.clock) ** KNEE + bandwidth**KNEE) ** (1 / KNEE)
 
 
@@ -142,11 +144,9 @@ def works(case: Case, launches: Sequence[Sequence[Launch]]) -> list[list[Work]]:
             elif name == "rows_of_utility":
                 logits = float(n * CLASSES * case.dtype.itemsize)
                 row.append(Work((logits, logits, logits), n * CLASSES * 4.0, cold))
-            elif name == "maps_kernel":
-                row.append(Work((one,), n * SIDE * SIDE * 4.0, cold))
             elif name == "display_kernel":
                 earlier = group[0].grid[0] if len(group) > 1 else 1
-                row.append(Work((maps * launch.grid[0] * earlier,), n * SIDE * SIDE * 4.0, False))
+                row.append(Work((maps * launch.grid[0] * earlier,), n * SIDE * SIDE * 4.0, False, cold))
             elif case.operator != "weighted_reduce":
                 row.append(Work((one,), maps * pieces, cold))
             elif name == "dense_kernel" or case.pooling in ("elementwise", "elementwise_relu", "positive_gradient"):

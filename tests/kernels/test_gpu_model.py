@@ -42,7 +42,7 @@ def test_the_machine_code_is_read():
     """Two loads of 16 bytes are under way, then one of them and one of 2; the branch saves two of the loop's ten."""
     outside, barriers, shuffles, loops = gpu_facts.read(CODE)
     assert (outside, barriers, shuffles) == (3, 1, 1)
-    assert loops == [Loop(instructions=8, loads=34, width=16, flight=32, stores=0), Loop(3, 0, 0, 0, 8)]
+    assert loops == [Loop(instructions=8, loads=34, width=16, flight=32, stores=0, inner=True), Loop(3, 0, 0, 0, 8, True)]
 
 
 def test_a_load_used_in_the_next_turn_is_under_way_until_then():
@@ -50,7 +50,7 @@ def test_a_load_used_in_the_next_turn_is_under_way_until_then():
     assert gpu_facts.flight(body) == 8
 
 
-ONE_LOOP = Facts(32, 0, 0, 0, 0, [Loop(10, 64, 16, 32, 0)])
+ONE_LOOP = Facts(32, 0, 0, 0, 0, [Loop(10, 64, 16, 32, 0, True)])
 
 
 @pytest.mark.parametrize("chip", [A100, H100])

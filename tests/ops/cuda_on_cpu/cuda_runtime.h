@@ -35,6 +35,10 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct uint2 {
+  unsigned x, y;
+};
+
 struct uint4 {
   unsigned x, y, z, w;
 };
@@ -197,6 +201,15 @@ T __ldg(const T* p) {
     abort();
   }
   return *p;
+}
+
+template <typename T>
+void __stwb(T* p, T value) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) {
+    fprintf(stderr, "cuda_on_cpu: a store of %zu bytes that is not aligned\n", sizeof(T));
+    abort();
+  }
+  memcpy(p, &value, sizeof(value));
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::state().error, cudaSuccess); }
