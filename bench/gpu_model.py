@@ -124,7 +124,9 @@ def seconds(launch: Launch, facts: Facts, work: Work, width: int, chip: Chip) ->
     waves = math.ceil(blocks / most)
     moved = sum(work.loads) + work.stores
     in_memory = sum(work.loads) * work.in_memory + work.stores * work.stored_in_memory
-    bandwidth = max(in_memory / chip.copy + (moved - in_memory) / chip.l2, moved / blocks * together * waves / (INTAKE * chip.clock))
+    bandwidth = max(
+        in_memory / chip.copy + (moved - in_memory) / chip.l2, moved / blocks * together * waves / (INTAKE * chip.clock)
+    )
     return chip.empty + ((waves * cycles / chip.clock) ** KNEE + bandwidth**KNEE) ** (1 / KNEE)
 
 
@@ -144,6 +146,10 @@ def works(case: Case, launches: Sequence[Sequence[Launch]]) -> list[list[Work]]:
             elif name == "rows_of_utility":
                 logits = float(n * CLASSES * case.dtype.itemsize)
                 row.append(Work((logits, logits, logits), n * CLASSES * 4.0, cold))
+            elif name == "rows_of_few_logits":
+                # The logits, and besides them a target and the logit that it names.
+                logits = float((n + 1) * CLASSES * case.dtype.itemsize)
+                row.append(Work((logits, n * 8.0), n * CLASSES * 4.0, cold))
             elif name == "display_kernel":
                 earlier = group[0].grid[0] if len(group) > 1 else 1
                 row.append(Work((maps * launch.grid[0] * earlier,), n * SIDE * SIDE * 4.0, False, cold))
@@ -207,6 +213,28 @@ def predictions() -> list[dict[str, Any]]:
     return [predict(case, launches[case.name], facts, chip) for case in cases("cuda") for chip in CHIPS_KNOWN]
 
 
+LESSONS = """\
+## What the predictions led to
+
+Also predicted, for an H100 and (1, 2048, 7 x 7) in float32 where it is not said otherwise. The first version of this page in
+git is from before any of it.
+
+- `class_maps` was one block to an image, 77 µs: some 10 of them 4-byte loads with 24 bytes under way to a thread, some 60 the
+  display form, whose 224 x 224 outputs cost that block 188 instructions each, 64-bit divisions among them. It is two launches
+  now: partial maps by the kernel of `channel_weighted_sum`, in 16-byte loads, and a display kernel whose blocks all add the
+  partial maps up, find the extents, and write whole rows, 18 instructions to an output, in 16-byte stores. `display_map` is the
+  same kernel.
+- A cluster of blocks with distributed shared memory would make that one launch on sm_90, at the price of an empty launch less,
+  2.2 µs of the chain's. It is not done: it cannot be tried here, and the older chips keep the two launches in any case.
+- `utility_rows` of at most 1024 logits reads them once, into registers, and asks for the class's own logit before the sums.
+- In `last_kernel`, `rows_kernel` and `dense_kernel` every load stood behind the branch that guards its use, so that one or two
+  of four were under way. No branch stands between them now: 48 to 128 bytes a thread are under way.
+- 1.3 times as many empty launches at batch 1 is out of reach for the chain as it is: the library's product alone, which reads W
+  from the L2, takes twice an empty launch. So is 80 % of the bandwidth at batch 64, where four empty launches are 9 of 19 µs.
+  Both would need the product, `utility_rows` and the partial maps in one kernel.
+""".splitlines()
+
+
 def render(content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """The page."""
     chips = [chip.name for chip in CHIPS_KNOWN]
@@ -236,6 +264,7 @@ def render(content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
             f"| {row['case'].removeprefix('shapley_head ')} | {row['chip']} | {each} | {row['predicted_total'] * 1e6:.1f} | "
             f"{row['predicted_over_empty']:.2f} | {row['predicted_of_copy']:.0%} |"
         )
+    lines += ["", *LESSONS]
     lines += ["", "## Every other case of bench/ops.py", "", "µs, and share of the copy's bandwidth; predictions.", ""]
     lines += ["| case | " + " | ".join(chips) + " |", "| --- |" + " --: |" * len(chips)]
     for name, found in by_case.items():

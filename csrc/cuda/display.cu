@@ -158,7 +158,10 @@ int32_t display(const Sources<T>& in, int64_t n, const Axes<T>& axes, bool renor
   int64_t blocks = (kBlocksAtOnce + n - 1) / n;
   blocks = blocks < most ? blocks : most;
   blocks = blocks < 1 ? 1 : blocks;
-  const int64_t whole = (rows + blocks - 1) / blocks, part = whole < at_once ? at_once : whole / at_once * at_once;
+  const int64_t whole = (rows + blocks - 1) / blocks, up = (whole + at_once - 1) / at_once * at_once;
+  // Whole turns of the block's threads: fewer rows to a block where that makes no more blocks than the device takes.
+  const int64_t down = whole < at_once ? at_once : whole / at_once * at_once;
+  const int64_t part = n * ((rows + down - 1) / down) <= kBlocksAtOnce ? down : up;
   const dim3 grid(static_cast<unsigned>((rows + part - 1) / part), grid_extent(n));
   if (fits(axes)) {
     const auto kernel = display_kernel<T, Out>;

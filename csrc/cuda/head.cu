@@ -76,9 +76,100 @@ __global__ void __launch_bounds__(kThreads) rows_of_utility(Logits in, const int
   }
 }
 
+constexpr int kOwn = 4;  // logits of a thread: those of an image are in the registers of its block
+
+// data[first + thread], and every kThreads further, below `count`; one branch on the dtype for all of them.
+template <typename T>
+__device__ __forceinline__ void load_own(T (&own)[kOwn], const void* data, int32_t dtype, int64_t first, int count) {
+  const auto from = [&](const auto* typed) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int k = static_cast<int>(threadIdx.x) + i * kThreads;
+      own[i] = k < count ? static_cast<T>(widen(typed[first + k])) : T(0);
+    }
+  };
+  switch (dtype) {
+    case SHAPLEYCAM_FLOAT32:
+      return from(static_cast<const float*>(data));
+    case SHAPLEYCAM_FLOAT64:
+      return from(static_cast<const double*>(data));
+    case SHAPLEYCAM_FLOAT16:
+      return from(static_cast<const Float16*>(data));
+    default:
+      return from(static_cast<const BFloat16*>(data));
+  }
+}
+
+// The same for at most kOwn * kThreads logits: one read of them and of the bias, and what the class needs is asked for before
+// the sums, not after them.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    rows_of_few_logits(Logits in, const int64_t* targets, int64_t images, int64_t classes, int32_t logits, int32_t utility,
+                       int32_t order, T scale, T* rows) {
+  const int thread = static_cast<int>(threadIdx.x);
+  T bias[kOwn] = {};
+  if (in.bias != nullptr) load_own(bias, in.bias, in.bias_dtype, 0, logits);
+  for (int64_t n = blockIdx.x; n < images; n += gridDim.x) {
+    struct Chosen {
+      int64_t c;
+      T z, centred;
+    };
+    const auto chosen = [&](int64_t m) {
+      Chosen one = {targets[n * classes + m], T(0), T(0)};
+      if (one.c < 0 || one.c >= logits) return one;
+      one.z = load<T>(in.data, in.dtype, n * in.stride + one.c);
+      one.centred = in.bias == nullptr ? one.z : one.z - load<T>(in.bias, in.bias_dtype, one.c);
+      return one;
+    };
+    T z[kOwn], e[kOwn], total = 0, s = 0;
+    load_own(z, in.data, in.dtype, n * in.stride, logits);
+    Chosen next = chosen(0);
+    Extent<T> extent = no_extent<T>();
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (thread + i * kThreads < logits) extent.add(z[i]);
+    }
+    const T most = over_block(extent).high;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      e[i] = thread + i * kThreads < logits ? exp(z[i] - most) : T(0);
+      if (thread + i * kThreads < logits) s += e[i] * (z[i] - bias[i]);
+      total += e[i];
+    }
+    add_over_block(total, s);
+    s /= total;
+    const T share = T(1) / total;
+    for (int64_t m = 0; m < classes; ++m) {
+      const Chosen one = next;
+      if (m + 1 < classes) next = chosen(m + 1);
+      const bool known = one.c >= 0 && one.c < logits;
+      const Coefficients<T> on = coefficients<T>(utility, order, exp(one.z - most) * share, one.centred, s);
+      T* row = rows + (n * classes + m) * logits;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int k = thread + i * kThreads;
+        T value = 0;
+        if (utility != SHAPLEYCAM_LOGIT) {
+          const T p = e[i] * share;
+          value = on.on_p * p;
+          if (order == 2) value += on.on_pz * (p * (z[i] - bias[i]));
+        }
+        value = scale * (k == one.c ? value + on.on_class : value);
+        if (k < logits) row[k] = known ? value : static_cast<T>(nan(""));
+      }
+    }
+  }
+}
+
 template <typename T>
 int32_t launch_rows(const Logits& in, const int64_t* targets, int64_t n, int64_t m, int64_t k, int32_t utility, int32_t order,
                     double scale, void* rows, cudaStream_t stream) {
+  if (k <= kOwn * kThreads) {
+    const auto few = rows_of_few_logits<T>;
+    SHAPLEYCAM_LAUNCH(few, dim3(grid_extent(n)), kThreads, 0, stream, in, targets, n, m, static_cast<int32_t>(k), utility,
+                      order, static_cast<T>(scale), static_cast<T*>(rows));
+    return launched();
+  }
   const auto kernel = rows_of_utility<T>;
   SHAPLEYCAM_LAUNCH(kernel, dim3(grid_extent(n)), kThreads, 0, stream, in, targets, n, m, k, utility, order,
                     static_cast<T>(scale), static_cast<T*>(rows));
