@@ -181,7 +181,9 @@ def test_class_maps_of_activations_too_large_for_one_program(backend):
 
 
 @pytest.mark.parametrize("backend", available("class_maps", DEVICE))
-@pytest.mark.parametrize(("shape", "grid", "m"), [((2, 300, 49), (7, 7), 3), ((1, 5, 4225), (65, 65), 1), ((3, 40, 6), (6,), 2)])
+@pytest.mark.parametrize(
+    ("shape", "grid", "m"), [((2, 300, 49), (7, 7), 3), ((1, 5, 4225), (65, 65), 1), ((3, 40, 6), (6,), 2)]
+)
 @pytest.mark.parametrize("last", [False, True])
 def test_class_maps_have_the_same_bits_every_time(backend, shape, grid, m, last):
     """Of several pieces of the channels and several classes, of a map too large for a block, and of one dimension."""
