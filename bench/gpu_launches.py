@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import CLASSES, Case
+from .cases import CLASSES, NODES, Case
 from .resources import ROOT, SOURCES, readable
 
 #: shapleycam_dtype of csrc/include/shapleycam.h.
@@ -77,6 +77,8 @@ class Launchers:
             return [self._reduce(case)]
         if case.operator == "channel_weighted_sum":
             return [self._sum(case)]
+        if case.pooling:
+            return [self._quadrature(case), self._maps(case)]
         rows = self._logged(
             "utility_rows", self._place(), DTYPES[case.dtype], i64(CLASSES), self._place(), DTYPES[case.dtype], self._place(),
             i64(n), i64(1), i64(CLASSES), 3, 2, ctypes.c_double(1 / s), self._place(), 0, None,
@@ -91,6 +93,15 @@ class Launchers:
         return self._logged(
             "weighted_reduce", *views, *extents, pooling, self._place(), 0, self._place(), ctypes.c_size_t(size), None
         )
+
+    def _quadrature(self, case: Case) -> list[Launch]:
+        n, _, s = case.shape
+        nodes, weights = ((ctypes.c_double * len(part))(*part) for part in NODES)
+        return self._logged(
+            "quadrature_rows", self._place(), DTYPES[case.dtype], i64(CLASSES), self._place(), DTYPES[case.dtype], i64(0),
+            self._place(), i64(n), i64(1), i64(CLASSES), 3, nodes, weights, len(NODES[0]), ctypes.c_double(1 / s),
+            self._place(), 0, None,
+        )  # fmt: skip
 
     def _sum(self, case: Case) -> list[Launch]:
         extents = (*map(i64, case.shape), i64(1))

@@ -143,7 +143,7 @@ def works(case: Case, launches: Sequence[Sequence[Launch]]) -> list[list[Work]]:
             pieces = launch.grid[0]
             if name == "add_kernel":
                 row.append(Work((maps * group[0].grid[0],), maps, False))
-            elif name == "rows_of_utility":
+            elif name in ("rows_of_utility", "rows_of_integral"):
                 logits = float(n * CLASSES * case.dtype.itemsize)
                 row.append(Work((logits, logits, logits), n * CLASSES * 4.0, cold))
             elif name == "rows_of_few_logits":
@@ -308,7 +308,10 @@ def write() -> int:
 
 def check() -> int:
     """1 where the page or the facts are not those of the code."""
-    content, _, _ = load()
+    content, _, launches = load()
+    if missing := [case.name for case in cases("cuda") if case.name not in launches]:
+        print(f"There are no launches of {missing[0]!r} in gpu-kernels.json: python -m bench.gpu_model --write")
+        return 1
     if content["sources"] != digest():
         print("csrc/ has changed since bench/results/gpu-kernels.json was made: python -m bench.gpu_model --write")
         return 1

@@ -89,6 +89,13 @@ def test_a_change_of_the_sources_is_noticed(monkeypatch, capsys):
     assert "has changed" in capsys.readouterr().out
 
 
+def test_a_new_case_is_noticed(monkeypatch, capsys):
+    case = Case("weighted_reduce", "mean", (5, 8, 9), torch.float32, "first")
+    monkeypatch.setattr(gpu_model, "cases", lambda device: [case])
+    assert gpu_model.main([]) == 1
+    assert f"no launches of {case.name!r}" in capsys.readouterr().out
+
+
 def test_without_nvcc_nothing_is_called_made(monkeypatch, capsys):
     monkeypatch.setattr(gpu_model.shutil, "which", lambda name: None)
     assert gpu_model.main(["--write"]) == 2
