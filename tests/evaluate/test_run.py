@@ -200,13 +200,13 @@ def test_parquet_that_cannot_serve(tmp_path, monkeypatch):
 
     file = tmp_path / "a.parquet"
     file.write_text("no")
-    with pytest.raises(InputError, match="not a parquet file"):
+    with pytest.raises(InputError, match="not a table"):
         open_samples(file, SMALL)
     parquet.write_table(arrow.table({"text": ["a"]}), file)
     with pytest.raises(InputError, match="needs one column of encoded images"):
         open_samples(file, SMALL)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r"shapleycam\[evaluate\]"):
+    with pytest.raises(InputError, match=r"shapleycam\[attribute\]"):
         open_samples(file, SMALL)
 
 

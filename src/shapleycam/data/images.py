@@ -5,6 +5,7 @@ Everything here needs Pillow (``pip install 'shapleycam[cli]'``) and neither num
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..optional import need
+from .files import LocalFiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +24,13 @@ if TYPE_CHECKING:
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None) -> Image:
+#: Pixels of the largest picture that is decoded if nothing else is said: Pillow's own limit of what it takes without a warning.
+MAX_PIXELS = 89_478_485
+
+
+def read_image(
+    path: str | PathLike[str] | BinaryIO, name: str | None = None, *, max_pixels: int = MAX_PIXELS
+) -> Image:
     """Decode a file as an upright 8-bit RGB picture.
 
     The EXIF orientation is applied. Transparency is laid over white. 16-bit greyscale is scaled by 1/257, where
@@ -32,20 +40,22 @@ def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None) ->
     Args:
         path: any format Pillow reads; or an open file.
         name: what errors call the picture; the path by default.
+        max_pixels: a picture with more is refused before it is decoded (a small file may unpack to gigabytes).
 
     Returns:
         A Pillow image in mode "RGB".
 
     Raises:
-        InputError: the file is missing, unreadable, truncated, not an image, or holds 32-bit samples, which have no
-            defined white point.
+        InputError: the file is missing, unreadable, truncated, not an image, too large, or holds 32-bit samples, which
+            have no defined white point.
         ImportError: Pillow is not installed.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps, UnidentifiedImageError
 
     name = str(path) if name is None else name
     try:
-        with Image.open(path) as picture:
+        with _open(path) as picture:
+            check_pixels(picture.width, picture.height, max_pixels, name)
             picture.load()
             upright = ImageOps.exif_transpose(picture)
         return _rgb(upright)
@@ -63,6 +73,31 @@ def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None) ->
         raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}.") from error
 
 
+def _open(path: str | PathLike[str] | BinaryIO) -> Image:
+    """``Image.open`` without Pillow's own limit, a global that cannot be set for one call alone; ours is checked instead."""
+    from PIL import Image
+
+    with _LIMIT:
+        theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = theirs
+
+
+_LIMIT = threading.Lock()
+
+
+def check_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
+    """Refuse a picture that is too large to decode.
+
+    Raises:
+        InputError: it has more than ``max_pixels``.
+    """
+    if width * height > max_pixels:
+        raise InputError(f"{name} has {width} × {height} pixels, more than the limit of {max_pixels}.")
+
+
 def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     """The image files in a folder, relative to it and sorted: all with an ending that Pillow reads, hidden ones left out.
 
@@ -73,19 +108,20 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     Raises:
         InputError: Pillow is not installed, or the folder cannot be read.
     """
+    endings = image_endings()
+    found = (Path(file.path) for file in LocalFiles().walk(str(folder), recursive=recursive))
+    return [path for path in found if path.suffix.lower() in endings]
+
+
+def image_endings() -> frozenset[str]:
+    """".jpg", ".png" and all others that Pillow reads.
+
+    Raises:
+        InputError: Pillow is not installed.
+    """
     image = need("PIL.Image", "cli")
     image.init()
-    known = set(image.registered_extensions())
-    try:
-        next(folder.iterdir(), None)  # glob would find nothing in a folder that it may not read
-        found = [
-            path.relative_to(folder)
-            for path in folder.glob("**/*" if recursive else "*")
-            if path.suffix.lower() in known and path.is_file()
-        ]
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror or error}.") from error
-    return sorted((path for path in found if not any(part.startswith(".") for part in path.parts)), key=Path.as_posix)
+    return frozenset(image.registered_extensions())
 
 
 def _rgb(picture: Image) -> Image:
@@ -131,7 +167,38 @@ class Preprocess:
         """
         from PIL import Image
 
-        width, height = picture.size
+        size, (left, top) = self._geometry(*picture.size)
+        resized = picture.resize(size, Image.Resampling[self.interpolation.upper()])
+        return to_tensor(resized.crop((left, top, left + self.crop[1], top + self.crop[0])))
+
+    def view_of(self, pixels: Tensor) -> Tensor:
+        """The same of decoded pixels, by PyTorch's resize, several times faster: it differs from Pillow's by at most one level.
+
+        Args:
+            pixels: uint8 [3, height, width] of any strides; best with the channels innermost.
+
+        Raises:
+            InputError: as :meth:`view`.
+        """
+        if self.interpolation not in ("bilinear", "bicubic"):
+            return self.view(to_picture(pixels.permute(1, 2, 0)))
+        (width, height), (left, top) = self._geometry(pixels.shape[2], pixels.shape[1])
+        last = pixels[None].contiguous(memory_format=torch.channels_last)
+        resized = torch.nn.functional.interpolate(last, (height, width), mode=self.interpolation, antialias=True)
+        return resized[0, :, top : top + self.crop[0], left : left + self.crop[1]]
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of a picture of this size that the crop shows: left, top, right, bottom in its pixels.
+
+        Raises:
+            InputError: as :meth:`view`.
+        """
+        size, (left, top) = self._geometry(width, height)
+        x, y = width / size[0], height / size[1]
+        return left * x, top * y, (left + self.crop[1]) * x, (top + self.crop[0]) * y
+
+    def _geometry(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(width, height) to resize a picture to, and (left, top) of the crop in it."""
         if isinstance(self.resize, int):
             short, long = sorted((width, height))
             if long > 1000 * short:
@@ -142,9 +209,7 @@ class Preprocess:
             size = (self.resize[1], self.resize[0])
         if size[0] < self.crop[1] or size[1] < self.crop[0]:
             raise InputError(f"A resize to {size[0]} × {size[1]} is smaller than the crop of {self.crop[1]} × {self.crop[0]}.")
-        resized = picture.resize(size, Image.Resampling[self.interpolation.upper()])
-        left, top = round((size[0] - self.crop[1]) / 2), round((size[1] - self.crop[0]) / 2)
-        return to_tensor(resized.crop((left, top, left + self.crop[1], top + self.crop[0])))
+        return size, (round((size[0] - self.crop[1]) / 2), round((size[1] - self.crop[0]) / 2))
 
     def normalise(self, views: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to float32 of the same shape, on the same device, as the network takes it."""
@@ -159,8 +224,13 @@ class Preprocess:
 
 def to_tensor(picture: Image) -> Tensor:
     """An RGB picture as uint8 [3, H, W]."""
+    return pixels_of(picture).contiguous()
+
+
+def pixels_of(picture: Image) -> Tensor:
+    """An RGB picture as uint8 [3, H, W] with the channels innermost, as pictures are stored."""
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
 
 
 def to_picture(pixels: Tensor) -> Image:

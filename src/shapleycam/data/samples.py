@@ -1,4 +1,4 @@
-"""Pictures to evaluate on: a folder of image files, or parquet files with the encoded images in a column.
+"""Pictures to evaluate on, by index, from any source (:func:`shapleycam.data.sources.open_source`).
 
 A sample that cannot be read is data, not an exception: its reason takes the place of its pixels, so that a run over 50,000
 files does not end at the first broken one.
@@ -7,20 +7,18 @@ files does not end at the first broken one.
 from __future__ import annotations
 
 import hashlib
-import io
-from abc import abstractmethod
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
-from ..optional import need
-from .images import Preprocess, image_files, read_image
+from .decoding import Decoder
+from .images import Preprocess
+from .sources import Entry, Source, open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ class Sample:
     Attributes:
         name: what reports call it.
         view: the crop that the network sees, uint8 [3, H, W]; or why it cannot be had.
-        label: the name of its folder, or the number in the parquet file's label column; None if there is neither.
+        label: the name of its folder, or what the source says; None if there is neither.
     """
 
     name: str
@@ -39,128 +37,52 @@ class Sample:
 
 
 class Samples(Dataset[Sample]):
-    """Pictures in a fixed order, by index."""
-
-    preprocess: Preprocess
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Changes with the names, the sizes or the number of the pictures."""
-
-    def _read(self, source: Any, name: str, label: str | int | None) -> Sample:
-        try:
-            return Sample(name, self.preprocess.view(read_image(source, name)), label)
-        except InputError as error:
-            return Sample(name, str(error).removeprefix(f"{name} "), label)
-
-
-class FolderSamples(Samples):
-    """The image files below a folder, by relative path; the first folder on the way to a file is its label."""
-
-    def __init__(self, folder: Path, preprocess: Preprocess, limit: int | None = None) -> None:
-        self.preprocess, self.folder = preprocess, folder
-        files = image_files(folder, recursive=True)
-        if not files:
-            raise InputError(f"{folder} holds no image files.")
-        #: names of all label folders, whatever the limit
-        self.labels = tuple(sorted({path.parts[0] for path in files if len(path.parts) > 1}))
-        self.files = [files[i] for i in spread(len(files), limit)]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        path = self.files[index]
-        return self._read(self.folder / path, path.as_posix(), path.parts[0] if len(path.parts) > 1 else None)
-
-    def fingerprint(self) -> str:
-        return _digest(f"{path.as_posix()} {(self.folder / path).stat().st_size}" for path in self.files)
-
-
-class ParquetSamples(Samples):
-    """Rows of parquet files, in Hugging Face's manner: a column of encoded images (bytes, or a struct with a field "bytes").
-
-    A whole number in a column "label" is the label.
-    """
-
-    def __init__(self, files: Sequence[Path], preprocess: Preprocess, limit: int | None = None) -> None:
-        self.preprocess, self.paths = preprocess, tuple(files)
-        parquet = need("pyarrow.parquet", "evaluate")
-        #: (file, row group, first row) of every row group
-        self._groups: list[tuple[int, int, int]] = []
-        self._cached: tuple[int, Any] | None = None
-        rows, seen = 0, None
-        for number, path in enumerate(self.paths):
-            try:
-                file = parquet.ParquetFile(path)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path} is not a parquet file that can be read: {error}") from error
-            columns = _columns(path, file.schema_arrow)
-            if seen not in (None, columns):
-                raise InputError(f"{path} has other columns than {self.paths[0]}.")
-            seen = columns
-            for group in range(file.metadata.num_row_groups):
-                self._groups.append((number, group, rows))
-                rows += file.metadata.row_group(group).num_rows
-        if not rows or seen is None:
-            raise InputError(f"{', '.join(map(str, self.paths)) or 'The folder'} holds no rows.")
-        self._image, self._label = seen
-        self._rows = spread(rows, limit)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        row = self._rows[index]
-        place = bisect_right(self._groups, row, key=lambda group: group[2]) - 1
-        number, group, first = self._groups[place]
-        if self._cached is None or self._cached[0] != place:
-            file = need("pyarrow.parquet", "evaluate").ParquetFile(self.paths[number])
-            columns = [self._image] if self._label is None else [self._image, self._label]
-            self._cached = place, file.read_row_group(group, columns=columns)
-        table = self._cached[1]
-        cell = table.column(self._image)[row - first].as_py()
-        label = None if self._label is None else table.column(self._label)[row - first].as_py()
-        content = cell.get("bytes") if isinstance(cell, dict) else cell
-        path = cell.get("path") if isinstance(cell, dict) else None
-        name = f"{self.paths[number].name}:{row - first}" + (f" ({path})" if path else "")
-        if not content:
-            return Sample(name, "has no bytes in the parquet file.", label)
-        return self._read(io.BytesIO(content), name, label)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}  # for the loader's processes
-
-    def fingerprint(self) -> str:
-        names = [f"{path.name} {path.stat().st_size}" for path in self.paths]
-        return _digest([*names, f"{len(self._rows)} of {self._groups}"])
-
-
-def open_samples(source: Path, preprocess: Preprocess, limit: int | None = None) -> FolderSamples | ParquetSamples:
-    """The pictures in a folder of image files, a parquet file, or a folder of parquet files.
+    """Pictures in a fixed order, by index.
 
     Args:
-        source: the folder or file.
-        preprocess: how the network wants its pictures.
+        source: where they come from.
+        preprocess: how the network wants them.
         limit: at most so many, spread evenly over all.
+
+    Attributes:
+        labels: names of all labels that are names, sorted, whatever the limit.
+
+    Raises:
+        InputError: the source is empty or cannot be read.
+    """
+
+    def __init__(self, source: Source, preprocess: Preprocess, limit: int | None = None) -> None:
+        self.source, self.preprocess = source, preprocess
+        self._decode = Decoder(preprocess, "exact")
+        entries = list(source.entries())
+        if not entries:
+            raise InputError(f"{source.address} holds no {source.holds}.")
+        self.labels = tuple(sorted({entry.label for entry in entries if isinstance(entry.label, str)}))
+        self.entries = [entries[i] for i in spread(len(entries), limit)]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self.entries[index]
+        try:
+            view: Tensor | str = self._decode(self.source.load(entry), entry.key).view
+        except InputError as error:
+            view = str(error).removeprefix(f"{entry.key} ")
+        return Sample(entry.key, view, entry.label)
+
+    def fingerprint(self) -> str:
+        """Changes with the names, the sizes, the times or the number of the pictures."""
+        return fingerprint(self.entries)
+
+
+def open_samples(source: str | PathLike[str] | Source | Any, preprocess: Preprocess, limit: int | None = None) -> Samples:
+    """The pictures of a source; arguments as :class:`Samples` and :func:`shapleycam.data.sources.open_source`.
 
     Raises:
         InputError: nothing there, no pictures, or pyarrow is not installed.
     """
-    if source.is_dir():
-        shards = sorted(source.glob("*.parquet"))
-        return ParquetSamples(shards, preprocess, limit) if shards else FolderSamples(source, preprocess, limit)
-    if not source.exists():
-        raise InputError(f"{source}: there is no such folder or file.")
-    if source.suffix.lower() != ".parquet":
-        raise InputError(f"{source} is neither a folder nor a .parquet file.")
-    return ParquetSamples([source], preprocess, limit)
+    return Samples(open_source(source), preprocess, limit)
 
 
 def spread(count: int, limit: int | None) -> Sequence[int]:
@@ -170,24 +92,14 @@ def spread(count: int, limit: int | None) -> Sequence[int]:
     return [i * count // limit for i in range(limit)]
 
 
-def _columns(path: Path, schema: Any) -> tuple[str, str | None]:
-    types = need("pyarrow", "evaluate").types
-    images = []
-    for field in schema:
-        inner = field.type
-        if types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
-            inner = inner.field(inner.get_field_index("bytes")).type
-        if types.is_binary(inner) or types.is_large_binary(inner):
-            images.append(field.name)
-    name = "image" if "image" in images else images[0] if len(images) == 1 else None
-    if name is None:
-        raise InputError(f"{path} needs one column of encoded images (binary), or one named 'image'; it has {schema.names}.")
-    label = schema.get_field_index("label")
-    return name, "label" if label >= 0 and types.is_integer(schema.field(label).type) else None
-
-
-def _digest(lines: Any) -> str:
+def fingerprint(entries: Sequence[Entry]) -> str:
+    """A digest of all that is known of pictures before they are read."""
     digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode() + b"\n")
+    for entry in entries:
+        add_entry(digest, entry)
     return digest.hexdigest()
+
+
+def add_entry(digest: Any, entry: Entry) -> None:
+    """Put an entry into a digest of :mod:`hashlib`."""
+    digest.update(repr(tuple(entry)).encode("utf-8", "backslashreplace") + b"\n")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from .._version import __version__
-from ..data.samples import FolderSamples, Sample, Samples
+from ..data.samples import Sample, Samples
 from ..errors import InputError, TargetError
 from ..explainer import Explainer
 from ..methods.table import PAPER_METHODS, get_method
@@ -233,7 +233,7 @@ def _labels(classifier: Classifier, samples: Samples) -> Callable[[Sample], int 
     """From a sample to its class, None where it has none that the model knows."""
     last = [module for module in classifier.model.modules() if isinstance(module, nn.Linear)]
     count = len(classifier.classes) or (last[-1].out_features if last else 0)
-    folders = samples.labels if isinstance(samples, FolderSamples) else ()
+    folders = samples.labels
     # ImageNet's own folders are WordNet ids, whose order is that of the classes.
     wordnet = len(folders) == count and all(re.fullmatch(r"n\d{8}", name) for name in folders)
     known: dict[str | int, int | None] = {name: i for i, name in enumerate(folders)} if wordnet else {}

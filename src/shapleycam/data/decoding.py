@@ -1,0 +1,140 @@
+"""From the bytes of a picture to the crop that a network sees, as fast as one thread can.
+
+Pillow decodes everything. torchcodec (``pip install 'shapleycam[decode]'``) is faster for what most data sets hold, and is asked
+for that only: JPEG of one or three components, and 8-bit PNG without palette and transparency; there it gives Pillow's pixels,
+bit for bit (tests/data/test_decoding.py). Both let go of Python's lock.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..optional import need
+from .images import MAX_PIXELS, Preprocess, check_pixels, pixels_of, read_image
+
+DECODERS = ("auto", "torchcodec", "pillow", "exact")
+
+
+class Decoded(NamedTuple):
+    """A picture as the network sees it.
+
+    Attributes:
+        view: uint8 [3, H, W], of any strides.
+        width, height: of the whole picture, upright.
+    """
+
+    view: Tensor
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Decodes encoded pictures; from any thread.
+
+    Attributes:
+        preprocess: how the network wants its pictures.
+        name: "torchcodec"; "pillow"; "auto", which is torchcodec where it is installed; or "exact", which also resizes by
+            Pillow, as :meth:`Preprocess.view` does, where the others' resize differs by up to one level of 255.
+        max_pixels: of the largest picture that is decoded.
+
+    Raises:
+        InputError: an unknown name, or torchcodec is named and not installed.
+    """
+
+    preprocess: Preprocess
+    name: str = "auto"
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.name not in DECODERS:
+            raise InputError(f"Unknown decoder {self.name!r}: expected {', '.join(map(repr, DECODERS))}.")
+        if self.max_pixels < 1:
+            raise InputError(f"max_pixels must be at least 1, got {self.max_pixels}.")
+        if self.name == "torchcodec":
+            need("torchcodec.decoders", "decode")
+
+    @property
+    def served_by(self) -> str:
+        """Which decoder "auto" is here."""
+        if self.name != "auto":
+            return self.name
+        return "pillow" if _torchcodec() is None else "torchcodec"
+
+    def __call__(self, content: bytes, name: str) -> Decoded:
+        """Decode, turn upright, resize and crop.
+
+        Raises:
+            InputError: no image, damaged, too large, or not to be cut for this network.
+        """
+        if not content:
+            raise InputError(f"{name} is empty.")
+        if self.name == "exact":
+            picture = read_image(io.BytesIO(content), name, max_pixels=self.max_pixels)
+            return Decoded(self.preprocess.view(picture), picture.width, picture.height)
+        pixels = self._fast(content, name)
+        if pixels is None:
+            pixels = pixels_of(read_image(io.BytesIO(content), name, max_pixels=self.max_pixels))
+        return Decoded(self.preprocess.view_of(pixels), pixels.shape[2], pixels.shape[1])
+
+    def _fast(self, content: bytes, name: str) -> Tensor | None:
+        """By torchcodec; None where Pillow is to do it, which also finds the words for what is damaged."""
+        decode = None if self.name == "pillow" else _torchcodec()
+        size = None if decode is None else simple(content)
+        if decode is None or size is None:
+            return None
+        check_pixels(*size, self.max_pixels, name)
+        try:
+            found: Tensor = decode(content)
+        except (RuntimeError, ValueError):
+            return None
+        return found if found.dtype == torch.uint8 and found.ndim == 3 and found.shape[0] == 3 else None
+
+
+def _torchcodec() -> Callable[[bytes], Any] | None:
+    global _DECODE
+    if _DECODE is False:
+        try:
+            _DECODE = importlib.import_module("torchcodec.decoders").decode_image
+        except (ImportError, AttributeError, RuntimeError, OSError):  # not there, or for another torch
+            _DECODE = None
+    return _DECODE
+
+
+_DECODE: Any = False
+
+
+def simple(content: bytes) -> tuple[int, int] | None:
+    """(width, height) as stored of a picture whose pixels no two decoders can read differently; None for all others."""
+    if content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] == b"IHDR" and len(content) > 33:
+        depth, kind, interlaced = content[24], content[25], content[28]
+        # Grey and RGB of 8 bits; a tRNS chunk, which makes a colour transparent, stands before the first IDAT.
+        if depth != 8 or kind not in (0, 2) or interlaced or b"tRNS" in content[: content.find(b"IDAT")]:
+            return None
+        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    return _simple_jpeg(content) if content[:3] == b"\xff\xd8\xff" else None
+
+
+def _simple_jpeg(content: bytes) -> tuple[int, int] | None:
+    place = 2
+    while place + 9 < len(content) and content[place] == 0xFF:
+        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
+            depth, components = content[place + 4], content[place + 9]
+            height = int.from_bytes(content[place + 5 : place + 7], "big")
+            width = int.from_bytes(content[place + 7 : place + 9], "big")
+            usual = marker in (0xC0, 0xC1, 0xC2) and depth == 8 and components in (1, 3) and width and height
+            return (width, height) if usual else None
+        if marker == 0xFF:  # fill
+            place += 1
+            continue
+        place += 2 + length
+    return None

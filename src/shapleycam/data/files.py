@@ -1,0 +1,193 @@
+"""Where bytes are: the local file system, or any that fsspec knows, behind the few questions that a data set asks."""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from ..errors import InputError
+from ..optional import need
+
+
+class Found(NamedTuple):
+    """A file below a folder: its path relative to it with forward slashes, its bytes (-1: unknown), and when it was changed."""
+
+    path: str
+    size: int
+    changed: int
+
+
+class Files(ABC):
+    """A file system. Paths are text; bytes of a local name that are not UTF-8 are surrogates, as Python has them."""
+
+    @abstractmethod
+    def walk(self, folder: str, *, recursive: bool = True) -> Iterator[Found]:
+        """The files in a folder, hidden ones left out, in the order of their relative paths."""
+
+    @abstractmethod
+    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+        """The bytes of a file, or of a piece of it; from any thread.
+
+        Raises:
+            InputError: it is gone, no regular file, cannot be read, or ends before the piece does.
+        """
+
+    @abstractmethod
+    def open(self, path: str) -> BinaryIO: ...
+
+    @abstractmethod
+    def find(self, path: str) -> Found | None:
+        """A regular file with its path as given; None if there is none."""
+
+    @abstractmethod
+    def is_folder(self, path: str) -> bool: ...
+
+    def join(self, folder: str, path: str) -> str:
+        return f"{folder.rstrip('/')}/{path}" if folder.strip("/") else f"{folder}{path}"
+
+
+class LocalFiles(Files):
+    """The local file system. Links to folders are followed, but not to one that the way has come through."""
+
+    def walk(self, folder: str, *, recursive: bool = True) -> Iterator[Found]:
+        yield from self._walk(folder or ".", "", recursive, ())
+
+    def _walk(self, folder: str, prefix: str, recursive: bool, above: tuple[tuple[int, int], ...]) -> Iterator[Found]:
+        try:
+            at = os.stat(folder)
+            with os.scandir(folder) as listing:
+                entries = [(f"{e.name}/" if _is_folder(e) else e.name, e) for e in listing if not e.name.startswith(".")]
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read: {error.strerror or error}.") from error
+        here = (at.st_dev, at.st_ino)
+        if here in above:
+            return
+        for name, entry in sorted(entries, key=lambda pair: pair[0]):  # a folder sorts as the paths of what is in it
+            if name.endswith("/"):
+                if recursive:
+                    yield from self._walk(entry.path, prefix + name, recursive, (*above, here))
+                continue
+            try:
+                at = entry.stat()
+            except OSError:  # a link to nothing, or a file just removed: whoever reads it says so
+                yield Found(prefix + name, -1, 0)
+                continue
+            if stat.S_ISREG(at.st_mode):
+                yield Found(prefix + name, at.st_size, at.st_mtime_ns)
+
+    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+        try:
+            # Without waiting: what was a file when it was listed may be a pipe now, whose opening would wait for a writer.
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+            with open(descriptor, "rb", buffering=0) as file:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise InputError(f"{shown(path)} is no regular file.")
+                if start:
+                    file.seek(start)
+                content: bytes = file.read() if length < 0 else file.read(length)
+        except OSError as error:
+            raise InputError(f"{shown(path)} cannot be read: {error.strerror or error}.") from error
+        if 0 <= length != len(content):
+            raise InputError(f"{shown(path)} ends before byte {start + length}: was it changed since it was listed?")
+        return content
+
+    def open(self, path: str) -> BinaryIO:
+        return open(path, "rb")
+
+    def find(self, path: str) -> Found | None:
+        try:
+            at = os.stat(path)
+        except (OSError, ValueError):
+            return None
+        return Found(path, at.st_size, at.st_mtime_ns) if stat.S_ISREG(at.st_mode) else None
+
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(path)
+
+
+class RemoteFiles(Files):
+    """A file system of fsspec.
+
+    Args:
+        system: an ``fsspec.AbstractFileSystem``.
+        protocol: its name, for addresses.
+    """
+
+    def __init__(self, system: Any, protocol: str) -> None:
+        self.system, self.protocol = system, protocol
+
+    def walk(self, folder: str, *, recursive: bool = True) -> Iterator[Found]:
+        try:
+            listing = self.system.find(folder, maxdepth=None if recursive else 1, detail=True)
+        except Exception as error:  # every file system has its own
+            raise InputError(f"{self.protocol}://{folder} cannot be read: {type(error).__name__}: {error}.") from error
+        start = folder.strip("/")
+        for name in sorted(listing):
+            info = listing[name]
+            relative = name.strip("/")[len(start) :].lstrip("/")
+            if info.get("type", "file") == "file" and not any(part.startswith(".") for part in relative.split("/")):
+                yield Found(relative, _size(info), 0)
+
+    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+        try:
+            content: bytes = self.system.cat_file(path, start=start or None, end=None if length < 0 else start + length)
+        except Exception as error:
+            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
+        if 0 <= length != len(content):
+            raise InputError(f"{self.protocol}://{path} ends before byte {start + length}: was it changed since it was listed?")
+        return content
+
+    def open(self, path: str) -> BinaryIO:
+        file: BinaryIO = self.system.open(path, "rb")
+        return file
+
+    def find(self, path: str) -> Found | None:
+        try:
+            info = self.system.info(path)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
+        return Found(path, _size(info), 0) if info.get("type", "file") == "file" else None
+
+    def is_folder(self, path: str) -> bool:
+        return bool(self.system.isdir(path))
+
+
+def files_of(address: str) -> tuple[Files, str]:
+    """The file system of an address, and the path in it: "photos/", or "memory://bucket/photos" and the like by fsspec.
+
+    Raises:
+        InputError: fsspec is not installed, or does not know the protocol.
+    """
+    protocol, separator, rest = address.partition("://")
+    if not separator:
+        return LocalFiles(), address
+    if protocol in ("file", "local"):
+        return LocalFiles(), rest
+    fsspec = need("fsspec.core", "attribute")
+    try:
+        system, path = fsspec.url_to_fs(address)
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(f"{address}: fsspec cannot open it: {error}") from error
+    return RemoteFiles(system, protocol), str(path)
+
+
+def shown(path: str) -> str:
+    r"""A path as text that every encoding has: bytes that are not UTF-8 as ``\xff``."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _size(info: dict[str, Any]) -> int:
+    size = info.get("size")
+    return -1 if size is None else int(size)
