@@ -22,7 +22,11 @@ LAW = (
     ("program",),
     ("explanation",),
     ("explainer",),
+<<<<<<< HEAD
     ("smoothing", "shapley", "evaluate", "profiling", "compat"),  # the uses
+=======
+    ("smoothing", "shapley", "evaluate", "attribute", "compat"),  # the uses
+>>>>>>> b16eb55 (attribute: manifest, shards, decoding threads, parts of Parquet, resumption, the command)
     ("cli",),
 )
 #: Public names of modules that moved; they re-export, and nothing here imports them.

@@ -39,6 +39,10 @@ class ExportError(ShapleyCamError, RuntimeError):
     """The explanation cannot be made into a program or a file: an unsupported head, method or engine, or a wrong result."""
 
 
+class JobError(ShapleyCamError, RuntimeError):
+    """A data-set job cannot go on (a full disk, workers that keep dying). What is done is kept; the same call resumes it."""
+
+
 class KernelMismatch(ShapleyCamError, RuntimeError):
     """A fused operator's result differs from the reference's by more than the tolerance (:class:`shapleycam.ops.checking`).
 

@@ -277,6 +277,103 @@ def evaluate(
 
 
 @app.command()
+def attribute(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images, tables (.parquet, .arrow) or tars; one of these; a pattern; or an address of fsspec.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the result; what is done there is not done again.")],
+    model: Model = "efficientnet-lite0",
+    weights: Annotated[
+        str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
+    layer: Annotated[str, typer.Option(help="Target layer, such as layer4.2.")] = "auto",
+    method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
+    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    engine: Engine = "auto",
+    nodes: Nodes = None,
+    baseline: Baseline = "zero",
+    backend: Backend = "auto",
+    target: Annotated[
+        str, typer.Option(help="predicted; label, for the class that a picture's label names; or a class by index or name.")
+    ] = "predicted",
+    topk: Annotated[int, typer.Option(min=1, help="Explain the k most probable classes.")] = 1,
+    gap: Annotated[
+        bool | None, typer.Option("--gap/--no-gap", help="Completeness gaps; by default where they cost next to nothing.")
+    ] = None,
+    norms: Annotated[bool, typer.Option("--norms", help="Also |HA|/|g|, how much the second order says.")] = False,
+    device: Device = "auto",
+    devices: Annotated[
+        str | None, typer.Option(help="Several with commas, cuda:0,cuda:1, or all: a process for each.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at a time: 64 on an accelerator, 8 on a CPU.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode, per process; the cores if not given.")
+    ] = None,
+    decoder: Annotated[
+        str, typer.Option(help="auto, torchcodec or pillow; exact also resizes by Pillow, as explain and evaluate do.")
+    ] = "auto",
+    max_pixels: Annotated[int, typer.Option(min=1, help="A picture with more is not decoded.")] = 89_478_485,
+    time_limit: Annotated[float, typer.Option(min=0, help="Seconds that one picture may take; 0 for no limit.")] = 60,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pictures in a part of the result.")] = 1024,
+    image_column: Annotated[str | None, typer.Option(help="Of tables: encoded images, or their paths.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Of tables: unique names.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Of tables: labels.")] = None,
+    scheduler: Annotated[str, typer.Option(help="local, or ray (--engine ray is the same).")] = "local",
+    address: Annotated[str | None, typer.Option(help="With ray: of the cluster; without, one is started here.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what is in the folder.")] = False,
+    json: Json = False,
+) -> int:
+    """Explain every picture of a data set; `shapleycam maps` shows the result.
+
+    Writes Parquet files with a map and a row for each picture. A picture that cannot be read gets a row that says why. A run that
+    was interrupted or killed goes on when it is called again in the same way, to the same bits.
+
+    The exit status is 0 if all pictures have maps, 3 if all are done and some have none, 2 if the job could not run or go on, 130
+    or 143 after SIGINT or SIGTERM.
+    """
+    from .attribute import Options, run_attribute
+
+    options = Options(
+        source=source,
+        out=out,
+        model=model,
+        weights=weights,
+        classes=classes,
+        layer=layer,
+        method=method,
+        utility=utility,
+        engine="auto" if engine == "ray" else engine,
+        nodes=_number_of_nodes(nodes),
+        baseline=baseline,
+        backend=backend,
+        target=target,
+        topk=topk,
+        gap=gap,
+        norms=norms,
+        device=device,
+        devices=devices,
+        batch_size=batch_size,
+        threads=threads,
+        decoder=decoder,
+        max_pixels=max_pixels,
+        time_limit=time_limit,
+        shard_size=shard_size,
+        columns=(image_column, key_column, label_column),
+        scheduler="ray" if engine == "ray" else scheduler,
+        address=address,
+        restart=restart,
+        json=json,
+    )
+    return run_attribute(options, _results(), _stderr)
+
+
+@app.command()
 def demo(out: Out = Path("shapleycam-out/demo"), device: Device = "auto", backend: Backend = "auto") -> int:
     """Explain photographs that come with scikit-image, with a trained network from PyPI; nothing is downloaded."""
     from .demo import run_demo

@@ -27,7 +27,13 @@ class Steps:
         self.total: int | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Progress(*columns, console=console, transient=True)
         self._began = self._said = clock()
         self._first: int | None = None
@@ -35,18 +41,18 @@ class Steps:
     def __enter__(self) -> Steps:
         if self._bar is not None:
             self._bar.start()
-            self._bar.add_task(escape(self._label), total=None)
+            self._bar.add_task(escape(self._label), total=None, note="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def at(self, done: int, total: int) -> None:
-        """So much of so much is behind us."""
+    def at(self, done: int, total: int, note: str = "") -> None:
+        """So much of so much is behind us; ``note`` is what else there is to say."""
         self.done, self.total = done, total
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=escape(note))
             return
         now = self._clock()
         if self._first is None:  # what an interrupted run had done took none of this run's time
@@ -54,7 +60,9 @@ class Steps:
         elif now - self._said >= INTERVAL and done < total:
             self._said = now
             left = (now - self._began) / max(done - self._first, 1) * (total - done)
-            self._console.print(escape(f"{self._label}: {done} of {total} {self._unit}, about {_span(left)} left"))
+            self._console.print(
+                escape(f"{self._label}: {done} of {total} {self._unit}, about {_span(left)} left{note and f', {note}'}")
+            )
 
 
 def _span(seconds: float) -> str:

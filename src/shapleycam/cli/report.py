@@ -18,9 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from .._version import __version__
+from ..data.files import write_whole
 from ..errors import InputError
 from ..evaluate.paper import COLUMNS, Preset, paper_accuracy, paper_row
-from ..evaluate.run import Outcome, Protocol, write_whole
+from ..evaluate.run import Outcome, Protocol
 from ..methods.table import METHODS
 from ..model.zoo import Classifier
 from ..optional import need

@@ -11,7 +11,8 @@ import importlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,23 +94,19 @@ class Decoder:
             return None
         check_pixels(*size, self.max_pixels, name)
         try:
-            found: Tensor = decode(content)
+            found = decode(content)
         except (RuntimeError, ValueError):
             return None
         return found if found.dtype == torch.uint8 and found.ndim == 3 and found.shape[0] == 3 else None
 
 
-def _torchcodec() -> Callable[[bytes], Any] | None:
-    global _DECODE
-    if _DECODE is False:
-        try:
-            _DECODE = importlib.import_module("torchcodec.decoders").decode_image
-        except (ImportError, AttributeError, RuntimeError, OSError):  # not there, or for another torch
-            _DECODE = None
-    return _DECODE
-
-
-_DECODE: Any = False
+@cache
+def _torchcodec() -> Callable[[bytes], Tensor] | None:
+    try:
+        decode: Callable[[bytes], Tensor] = importlib.import_module("torchcodec.decoders").decode_image
+    except (ImportError, AttributeError, RuntimeError, OSError):  # not there, or for another torch
+        return None
+    return decode
 
 
 def simple(content: bytes) -> tuple[int, int] | None:

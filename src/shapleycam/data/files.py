@@ -6,6 +6,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import InputError
@@ -179,6 +180,28 @@ def files_of(address: str) -> tuple[Files, str]:
 def shown(path: str) -> str:
     r"""A path as text that every encoding has: bytes that are not UTF-8 as ``\xff``."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file in one piece: whoever reads it finds the old content or the new, also after a crash."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with open(beside, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk, as fsync has the bytes of a file."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # where folders cannot be opened, there is nothing to ask for
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -28,9 +28,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_PIXELS = 89_478_485
 
 
-def read_image(
-    path: str | PathLike[str] | BinaryIO, name: str | None = None, *, max_pixels: int = MAX_PIXELS
-) -> Image:
+def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None, *, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode a file as an upright 8-bit RGB picture.
 
     The EXIF orientation is applied. Transparency is laid over white. 16-bit greyscale is scaled by 1/257, where
@@ -114,7 +112,7 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
 
 
 def image_endings() -> frozenset[str]:
-    """".jpg", ".png" and all others that Pillow reads.
+    """ ".jpg", ".png" and all others that Pillow reads.
 
     Raises:
         InputError: Pillow is not installed.

@@ -135,10 +135,11 @@ class Tars(Source):
         with self.files.open(path) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
+                    headers: Any = tar
                     for member in tar:
                         folder, _, name = member.name.rpartition("/")
                         stem, dot, ending = name.partition(".")
-                        tar.members.clear()  # or the tar keeps every header
+                        headers.members.clear()  # or the tar keeps every one
                         if not member.isreg() or not dot or not stem:
                             continue
                         ending = ending.lower()
@@ -254,9 +255,7 @@ def open_source(
 TABLES = (".parquet", ".arrow")
 
 
-def _matching(
-    files: Files, path: str, address: str, image: str | None, key: str | None, label: str | None
-) -> Source:
+def _matching(files: Files, path: str, address: str, image: str | None, key: str | None, label: str | None) -> Source:
     parts = path.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part) or "{" in part)
     folder, pattern = "/".join(parts[:fixed]) or ("/" if path.startswith("/") else ""), "/".join(parts[fixed:])
@@ -270,9 +269,7 @@ def _matching(
     raise InputError(f"{shown(address)}: nothing matches.")
 
 
-def _shards(
-    files: Files, paths: Sequence[str], address: str, image: str | None, key: str | None, label: str | None
-) -> Source:
+def _shards(files: Files, paths: Sequence[str], address: str, image: str | None, key: str | None, label: str | None) -> Source:
     from .tables import Tables
 
     kinds = {path.lower().rpartition(".")[2] for path in paths}

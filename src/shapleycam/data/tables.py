@@ -131,7 +131,7 @@ class _Pieces:
         self._counts = counts
 
     def rows(self, index: int) -> int:
-        return self._counts[index]
+        return int(self._counts[index])
 
     def read(self, index: int, columns: list[str]) -> Any:
         try:
@@ -155,7 +155,9 @@ def _arrow(files: Files, path: str) -> Any:
         return arrow.ipc.open_file(where).read_all()
 
 
-def _columns(path: str, schema: Any, image: str | None, key: str | None, label: str | None) -> tuple[str, str | None, str | None]:
+def _columns(
+    path: str, schema: Any, image: str | None, key: str | None, label: str | None
+) -> tuple[str, str | None, str | None]:
     types = need("pyarrow", _EXTRA).types
     for asked in (image, key, label):
         if asked is not None and schema.get_field_index(asked) < 0:
@@ -167,7 +169,9 @@ def _columns(path: str, schema: Any, image: str | None, key: str | None, label: 
             inner = inner.field(inner.get_field_index("bytes")).type
         if types.is_binary(inner) or types.is_large_binary(inner):
             images.append(field.name)
-    paths = [name for name in ("image", "path", "file", "filename") if name in schema.names and _is_text(schema.field(name).type)]
+    paths = [
+        name for name in ("image", "path", "file", "filename") if name in schema.names and _is_text(schema.field(name).type)
+    ]
     name = image or ("image" if "image" in images else images[0] if len(images) == 1 else paths[0] if paths else None)
     if name is None:
         raise InputError(

@@ -8,22 +8,20 @@ the table of a run that was not.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from .._version import __version__
+from ..data.files import write_whole
 from ..data.samples import Sample, Samples
-from ..errors import InputError, TargetError
+from ..errors import InputError
 from ..explainer import Explainer
 from ..methods.table import PAPER_METHODS, get_method
 from ..model.zoo import Classifier
@@ -135,7 +133,7 @@ def evaluate(
     if state is not None and state.exists():
         _restore(_load(state, key), outcome, tables)
     _study(explainer, classifier, samples, methods, device, outcome)
-    label_of = _labels(classifier, samples)
+    label_of = classifier.label_reader(samples.labels)
     loader: DataLoader[Any] = DataLoader(
         Subset(samples, range(outcome.done * size, len(samples))),
         batch_size=size,
@@ -174,7 +172,7 @@ def _add(
     methods: tuple[str, ...],
     tables: dict[str, ADCC],
     outcome: Outcome,
-    label_of: Callable[[Sample], int | None],
+    label_of: Callable[[str | int | None], int | None],
     device: torch.device,
 ) -> None:
     outcome.unreadable += [(sample.name, sample.view) for sample in batch if isinstance(sample.view, str)]
@@ -189,7 +187,7 @@ def _add(
         tables[name].update(*found.tensors)
     first = next(iter(measured.values()))
     for sample, predicted in zip(good, first.targets.tolist(), strict=True):
-        label = label_of(sample)
+        label = label_of(sample.label)
         if label is None:
             if sample.label is not None:
                 known = outcome.unknown_labels
@@ -229,30 +227,6 @@ def _study(
     outcome.layers, outcome.engine = together.layers, together.engine
 
 
-def _labels(classifier: Classifier, samples: Samples) -> Callable[[Sample], int | None]:
-    """From a sample to its class, None where it has none that the model knows."""
-    last = [module for module in classifier.model.modules() if isinstance(module, nn.Linear)]
-    count = len(classifier.classes) or (last[-1].out_features if last else 0)
-    folders = samples.labels
-    # ImageNet's own folders are WordNet ids, whose order is that of the classes.
-    wordnet = len(folders) == count and all(re.fullmatch(r"n\d{8}", name) for name in folders)
-    known: dict[str | int, int | None] = {name: i for i, name in enumerate(folders)} if wordnet else {}
-
-    def find(sample: Sample) -> int | None:
-        label = sample.label
-        if label is None:
-            return None
-        if label not in known:
-            try:
-                index = label if isinstance(label, int) else classifier.find_class(label)
-            except TargetError:
-                index = -1
-            known[label] = index if 0 <= index < count else None
-        return known[label]
-
-    return find
-
-
 # ------------------------------------------------------------------------------------------------------------ the state
 
 
@@ -265,21 +239,13 @@ def _key(classifier: Classifier, samples: Samples, protocol: Protocol, methods: 
         **settings,
         "methods": list(methods),
         "model": classifier.name,
-        "weights": _weights_digest(classifier.model),
+        "weights": classifier.fingerprint(),
         "preprocess": repr(classifier.preprocess),
         "pictures": samples.fingerprint(),
         "device": device.type,
         "torch": torch.__version__,
         "shapleycam": __version__,
     }
-
-
-def _weights_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _content(key: dict[str, Any], outcome: Outcome, tables: dict[str, ADCC]) -> dict[str, Any]:
@@ -299,16 +265,6 @@ def _content(key: dict[str, Any], outcome: Outcome, tables: dict[str, ADCC]) -> 
 def _save(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(content))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file in one piece: whoever reads it finds the old content or the new, also after a crash."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    with open(beside, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
 
 
 def _load(file: Path, key: dict[str, Any]) -> dict[str, Any]:

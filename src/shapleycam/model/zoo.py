@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import os
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +57,14 @@ class Classifier:
         """The name of a class, or "class 7" where names are unknown."""
         return self.classes[index][0] if 0 <= index < len(self.classes) else f"class {index}"
 
+    def fingerprint(self) -> str:
+        """Changes with the model's structure and with every bit of its weights."""
+        digest = hashlib.sha256(str(self.model).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def find_class(self, text: str) -> int:
         """The index of a class, from an index or a name (case does not matter; synonyms count).
 
@@ -80,6 +90,30 @@ class Classifier:
         near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5) or [name for name in known if wanted in name][:3]
         hint = f" Nearest: {', '.join(f'{known[n][1]!r} ({known[n][0]})' for n in near)}." if near else ""
         raise TargetError(f"{self.name} has no class {text!r}.{hint}")
+
+    def label_reader(self, labels: Sequence[str]) -> Callable[[str | int | None], int | None]:
+        """From the label of a picture to its class: a number, or a class name; None where it is none that the model knows.
+
+        Args:
+            labels: the names of all labels. Where they are WordNet ids, one for each class, their order is that of the classes,
+                as in ImageNet's own folders.
+        """
+        count = len(self.classes) or _outputs(self.model) or 0
+        wordnet = len(labels) == count and all(re.fullmatch(r"n\d{8}", name) for name in labels)
+        known: dict[str | int, int | None] = {name: i for i, name in enumerate(sorted(labels))} if wordnet else {}
+
+        def find(label: str | int | None) -> int | None:
+            if label is None:
+                return None
+            if label not in known:
+                try:
+                    index = label if isinstance(label, int) else self.find_class(label)
+                except TargetError:
+                    index = -1
+                known[label] = index if 0 <= index < count else None
+            return known[label]
+
+        return find
 
 
 def load_classifier(

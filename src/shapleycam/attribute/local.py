@@ -1,0 +1,190 @@
+"""The data-set job on this machine: one process, or one per device; and the engine of others, behind one function."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.sources import Source, open_source
+from ..errors import InputError
+from ..model.zoo import Classifier
+from .feed import Stopped
+from .folder import MANIFEST, Folder
+from .job import Settings, ShardRunner
+from .part import Part
+
+SHARD = 1024  # pictures in a part if nothing else is said
+SCHEDULERS = ("local", "ray")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a job found, also before its end.
+
+    Attributes:
+        out: the folder of the result.
+        images: pictures in the source. kinds: how many rows have each status, of all parts that are there.
+        resumed: pictures that an earlier run had done.
+        parts, done: parts in all, and those that are there.
+        examples: the first (key, status, error) of pictures without a map, of this run.
+        seconds: of this run, the study of the model included.
+        interrupted: whether it was asked to stop.
+        ahead: pictures behind us whose part is not done, where one process knows them.
+    """
+
+    out: Path
+    images: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    resumed: int = 0
+    parts: int = 0
+    done: int = 0
+    examples: list[tuple[str, str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    interrupted: bool = False
+    ahead: int = 0
+
+    @property
+    def explained(self) -> int:
+        """Pictures with a map."""
+        return self.kinds.get("ok", 0)
+
+    @property
+    def failed(self) -> int:
+        """Pictures without."""
+        return sum(self.kinds.values()) - self.explained
+
+    @property
+    def rows(self) -> int:
+        """Pictures that have a row."""
+        return sum(self.kinds.values())
+
+    @property
+    def rate(self) -> float:
+        """Pictures per second of this run."""
+        return (self.rows + self.ahead - self.resumed) / self.seconds if self.seconds else 0.0
+
+    def add(self, part: Part) -> None:
+        self.kinds = dict(Counter(self.kinds) + Counter(part.kinds))
+        self.done += 1
+        self.ahead = 0
+        self.examples += part.examples[: 10 - len(self.examples)]
+
+
+def attribute(
+    classifier: Classifier,
+    source: str | PathLike[str] | Source | Any,
+    out: str | PathLike[str],
+    settings: Settings | None = None,
+    *,
+    shard_size: int = SHARD,
+    devices: Sequence[str] = (),
+    scheduler: str = "local",
+    address: str | None = None,
+    restart: bool = False,
+    stop: threading.Event | None = None,
+    progress: Callable[[Outcome], None] = lambda outcome: None,
+) -> Outcome:
+    """Explain every picture of a data set, or finish doing it.
+
+    What is done is kept whatever happens; calling it again with the same arguments does the parts that are missing, and the
+    result has the bits of a run that was not interrupted.
+
+    Args:
+        classifier: model (its device is where one process runs), preprocessing and class names.
+        source: pictures; see :func:`shapleycam.data.sources.open_source`.
+        out: the folder of the result; read it by :func:`shapleycam.attribute.open_maps`.
+        settings: what is explained, and how.
+        shard_size: pictures in a part, which is done as a whole or not at all.
+        devices: with more than one, a process for each ("cuda:0", "cuda:1"; a name may stand twice).
+        scheduler: "local", or "ray" (``pip install 'shapleycam[ray]'``).
+        address: of Ray's cluster; None starts one here.
+        restart: forget what is in ``out``.
+        stop: set it from anywhere to end the run at the next batch.
+        progress: called at the beginning and after every part, in one process also after every batch.
+
+    Raises:
+        InputError: nothing to explain, ``out`` belongs to another job or run, or the source has changed since it was begun.
+        JobError: the disk is full, or workers keep dying.
+        LayerError, ModelStateError, DerivativeError, BackendError: the model cannot be explained so.
+    """
+    if scheduler not in SCHEDULERS:
+        raise InputError(f"Unknown scheduler {scheduler!r}: expected {', '.join(map(repr, SCHEDULERS))}.")
+    settings, pictures, stop = settings or Settings(), open_source(source), stop or threading.Event()
+    folder = Folder(Path(out), classifier, pictures, settings, shard_size)
+    with folder.locked():
+        folder.open(restart=restart)
+        outcome = Outcome(folder.path, folder.manifest.count, parts=folder.manifest.shards)
+        for part in folder.done().values():
+            outcome.add(part)
+        outcome.resumed = outcome.rows
+        missing = [k for k in range(folder.manifest.shards) if not (folder.path / f"part-{k:06}.parquet").exists()]
+        progress(outcome)
+        if not missing:
+            return outcome
+        began = time.monotonic()
+        work = Work(classifier, pictures, folder.path, settings, folder.identity())
+        if scheduler == "ray":
+            from .ray import on_ray
+
+            parts = on_ray(work, missing, devices, address, stop)
+        elif len(devices) > 1:
+            from .processes import on_devices
+
+            parts = on_devices(work, missing, devices, stop)
+        else:
+
+            def batch_done(pictures: int) -> None:
+                outcome.ahead += pictures
+                outcome.seconds = time.monotonic() - began
+                progress(outcome)
+
+            parts = here(work, missing, stop, batch_done)
+        try:
+            for part in parts:
+                outcome.add(part)
+                outcome.seconds = time.monotonic() - began
+                progress(outcome)
+        except Stopped:
+            outcome.interrupted = True
+        finally:
+            parts.close()
+    return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a worker in any process needs; it can be pickled."""
+
+    classifier: Classifier
+    source: Source
+    out: Path
+    settings: Settings
+    identity: dict[str, Any]
+
+    def on(self, device: str) -> Work:
+        """The same with the model on a device."""
+        model = self.classifier.model.to(torch.device(device))
+        return replace(self, classifier=replace(self.classifier, model=model))
+
+    def runner(self, stop: threading.Event | None = None) -> ShardRunner:
+        return ShardRunner(self.classifier, self.source, self.out / MANIFEST, self.out, self.settings, self.identity, stop)
+
+
+def here(
+    work: Work, shards: Sequence[int], stop: threading.Event, batch_done: Callable[[int], None]
+) -> Generator[Part, None, None]:
+    """The shards one after the other in this process."""
+    runner = work.runner(stop)
+    runner.batch_done = batch_done
+    try:
+        yield from runner.run_all(shards)
+    finally:
+        runner.close()
