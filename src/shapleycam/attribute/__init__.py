@@ -2,5 +2,6 @@
 
 from .job import Settings
 from .local import Outcome, attribute
+from .maps import Map, Maps, open_maps
 
-__all__ = ["Outcome", "Settings", "attribute"]
+__all__ = ["Map", "Maps", "Outcome", "Settings", "attribute", "open_maps"]

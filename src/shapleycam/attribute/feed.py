@@ -1,7 +1,7 @@
 """Batches for the network, decoded ahead of it by threads.
 
-Batches have fixed places: entries [b·B, (b + 1)·B) of a shard, whatever of them can be read. A place without a picture repeats one
-that there is, so that every batch has the same shape, and a picture's map does not depend on whether its neighbours are broken.
+Batches have fixed places: entries [b·B, (b + 1)·B) of a shard, whatever of them can be read. A place without a picture repeats
+one that there is, so that every batch has the same shape, and a map does not depend on whether its neighbours are broken.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class _Task:
 class Feeder:
     """Decodes the pictures of shards in threads of its own.
 
-    A file that takes longer than the limit loses its thread: it gets a failure, and another thread takes over. (No thread can be
-    stopped from outside; they are daemons, so they hold up nobody's exit.)
+    A file that takes longer than the limit loses its thread: it gets a failure, and another thread takes over. (No thread can
+    be stopped from outside; they are daemons, so they hold up nobody's exit.)
 
     Args:
         source, decoder: where bytes come from, and what makes views of them; called from several threads.

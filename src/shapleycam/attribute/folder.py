@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..data.files import shown, write_whole
+from ..data.files import write_whole
 from ..data.manifest import Manifest, fingerprint_of, write_manifest
 from ..data.sources import Source
 from ..errors import InputError, JobError
@@ -121,12 +121,12 @@ class Folder:
     def _begin(self) -> None:
         self.manifest = write_manifest(self._source, self.path / MANIFEST, self._shard_size)
         self.key["manifest"] = self.manifest.fingerprint
+        address = self._source.address
         content = {
             "layout": LAYOUT,
             "key": self.key,
-            "source": shown(
-                os.path.abspath(self._source.address) if os.path.exists(self._source.address) else self._source.address
-            ),
+            "source": address if "://" in address or not os.path.exists(address) else os.path.abspath(address),
+            "columns": self._source.columns,
             "weights": self._classifier.weights,
             "preprocess": asdict(self._classifier.preprocess),
             "classes": [names[0] for names in self._classifier.classes],
@@ -181,6 +181,13 @@ class Folder:
         """What every part says it belongs to."""
         identity: dict[str, Any] = json.loads(json.dumps(self.key))
         return identity
+
+
+def part_files(path: Path, only: int | None = None) -> dict[int, Path]:
+    """The parts that are there, by number; or the one asked for, there or not."""
+    if only is not None:
+        return {only: path / part_name(only)}
+    return {int(match[1]): path / name for name in os.listdir(path) if (match := _PART.fullmatch(name))}
 
 
 def read_job(path: Path) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class Settings:
         method, utility, layer, engine, nodes, baseline, backend, seed: as for :class:`shapleycam.Explainer`; one target layer.
         target: "predicted"; "label" for the class that the picture's label names; or a class's index or name.
         topk: explain the k most probable classes of each picture; costs another forward pass, and excludes ``target``.
-        gap, norms: also compute the completeness gap and |HA|/|g|; for ``gap`` None is where it costs next to nothing (the closed form).
+        gap, norms: also compute the completeness gap and |HA|/|g|; None for ``gap`` is where it costs next to nothing, in the
+            closed form.
         batch_size: pictures that go through the network at once; it is part of the result's last bits.
         decoder, max_pixels: as for :class:`shapleycam.data.decoding.Decoder`.
         threads: that decode.
@@ -80,8 +81,8 @@ class Settings:
 class ShardRunner:
     """Explains shards of a manifest, and writes each as one part.
 
-    A part holds one row per entry, in the manifest's order; doing a shard twice writes the same bits again. Memory does not grow
-    with the number of shards. One object serves one thread.
+    A part holds one row per entry, in the manifest's order; doing a shard twice writes the same bits again. Memory does not
+    grow with the number of shards. One object serves one thread.
 
     Args:
         classifier: model, preprocessing and class names; the model's device is where it runs.
@@ -198,7 +199,7 @@ class ShardRunner:
         )
 
     def _study(self) -> Explanation:
-        """Show the explainer the first two pictures that can be read, so that its plan does not depend on who runs which shard."""
+        """Show the explainer the first two readable pictures, so that its plan does not depend on who runs which shard."""
         feeder, views, problem = self._feed(2), [], ""
         try:
             for batch in feeder.batches((k, self.manifest.shard(k)) for k in range(self.manifest.shards)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,9 @@ class PartWriter:
 
     def drop(self) -> None:
         """Forget the part."""
-        try:
-            self._stream.close()
-        except (OSError, AttributeError):  # a full disk again, where nothing of it is wanted anyway
-            pass
+        for each in (self._writer, self._stream):
+            with suppress(OSError, AttributeError, ValueError):  # a full disk again, where nothing of it is wanted anyway
+                each.close()
         self._beside.unlink(missing_ok=True)
 
     def _flush(self) -> None:
@@ -176,12 +176,8 @@ class PartWriter:
     def _table(self, entries: Sequence[Entry], found: Sequence[Decoded | Failure], numbers: Found | None) -> Any:
         arrow = need("pyarrow", _EXTRA)
         count = len(entries)
-        kind = self.schema.field("map").type
-        classes = (
-            self.schema.field("target").type.list_size
-            if arrow.types.is_fixed_size_list(self.schema.field("target").type)
-            else 1
-        )
+        kind, target = self.schema.field("map").type, self.schema.field("target").type
+        classes = target.list_size if arrow.types.is_fixed_size_list(target) else 1
         finite = [True] * count if numbers is None else numbers.finite[:count].tolist()
         status: list[str] = []
         errors: list[str | None] = []

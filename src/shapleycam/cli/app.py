@@ -331,11 +331,11 @@ def attribute(
 ) -> int:
     """Explain every picture of a data set; `shapleycam maps` shows the result.
 
-    Writes Parquet files with a map and a row for each picture. A picture that cannot be read gets a row that says why. A run that
-    was interrupted or killed goes on when it is called again in the same way, to the same bits.
+    Writes Parquet files with a map and a row for each picture. A picture that cannot be read gets a row that says why. A run
+    that was interrupted or killed goes on when it is called again in the same way, to the same bits.
 
-    The exit status is 0 if all pictures have maps, 3 if all are done and some have none, 2 if the job could not run or go on, 130
-    or 143 after SIGINT or SIGTERM.
+    The exit status is 0 if all pictures have maps, 3 if all are done and some have none, 2 if the job could not run or go on,
+    130 or 143 after SIGINT or SIGTERM.
     """
     from .attribute import Options, run_attribute
 

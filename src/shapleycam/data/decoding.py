@@ -1,8 +1,8 @@
 """From the bytes of a picture to the crop that a network sees, as fast as one thread can.
 
-Pillow decodes everything. torchcodec (``pip install 'shapleycam[decode]'``) is faster for what most data sets hold, and is asked
-for that only: JPEG of one or three components, and 8-bit PNG without palette and transparency; there it gives Pillow's pixels,
-bit for bit (tests/data/test_decoding.py). Both let go of Python's lock.
+Pillow decodes everything. torchcodec (``pip install 'shapleycam[decode]'``) is faster for what most data sets hold, and is
+asked for that only: JPEG of one or three components, and 8-bit PNG without palette and transparency; there it gives Pillow's
+pixels, bit for bit (tests/data/test_decoding.py). Both let go of Python's lock.
 """
 
 from __future__ import annotations

@@ -160,6 +160,6 @@ def _refuse_twins(source: Source, hashes: array[int]) -> None:
     if twice:
         named = ", ".join(map(repr, twice[:3])) + (", …" if len(twice) > 3 else "")
         raise InputError(
-            f"{source.address}: {len(twice)} pictures have the key of another ({named}). Keys name the results, so each must be "
-            "there once: name a column of unique keys, or make the names in the shards unique."
+            f"{source.address}: {len(twice)} pictures have the key of another ({named}). Keys name the results, so each must "
+            "be there once: name a column of unique keys, or make the names in the shards unique."
         )

@@ -47,11 +47,12 @@ class Source(ABC):
     """Pictures that can be listed and read.
 
     Attributes:
-        address: how to open it again (:func:`open_source`), as text.
+        address, columns: how to open it again (:func:`open_source`): address, and columns of pictures, keys and labels.
         holds: what its entries are called.
     """
 
     address: str
+    columns: tuple[str | None, str | None, str | None] = (None, None, None)
     holds = "rows"
 
     @abstractmethod
@@ -281,7 +282,7 @@ def _shards(files: Files, paths: Sequence[str], address: str, image: str | None,
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a relative path matches a pattern with ``*``, ``?``, ``[]``, ``**`` for any folders, and ``{a,b}``, ``{00..19}``."""
+    """Whether a relative path matches a pattern: ``*``, ``?``, ``[]``, ``**`` for any folders, ``{a,b}``, ``{00..19}``."""
     return any(_glob(one).fullmatch(path) is not None for one in _braces(pattern))
 
 
@@ -303,10 +304,8 @@ def _braces(pattern: str) -> list[str]:
     if found is None:
         return [pattern]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if span:
-        choices = [f"{n:0{len(span[1])}}" for n in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        choices = found[1].split(",")
+    numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+    choices = [f"{n:0{len(span[1])}}" for n in numbers] if span else found[1].split(",")
     return [one for choice in choices for one in _braces(pattern[: found.start()] + choice + pattern[found.end() :])]
 
 

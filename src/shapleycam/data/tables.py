@@ -39,11 +39,11 @@ class Tables(Source):
     ) -> None:
         need("pyarrow.parquet", _EXTRA)
         self.files, self.paths, self.address = files, tuple(paths), address
-        self._asked = (image, key, label)
+        self.columns = (image, key, label)
         self._start()
         seen: Any = None
         for path in self.paths:
-            columns = _columns(shown(path), self._piece_file(path).schema, *self._asked)
+            columns = _columns(shown(path), self._piece_file(path).schema, *self.columns)
             if seen not in (None, columns):
                 raise InputError(f"{shown(path)} has other columns than {shown(self.paths[0])}.")
             seen = columns
@@ -145,10 +145,7 @@ class _Pieces:
 def _arrow(files: Files, path: str) -> Any:
     """Arrow's stream or file format; of a local file the pages are mapped, not read."""
     arrow = need("pyarrow", _EXTRA)
-    if isinstance(files, LocalFiles):
-        where = arrow.memory_map(path)
-    else:
-        where = arrow.py_buffer(files.read(path))
+    where = arrow.memory_map(path) if isinstance(files, LocalFiles) else arrow.py_buffer(files.read(path))
     try:
         return arrow.ipc.open_stream(where).read_all()
     except arrow.ArrowInvalid:
