@@ -172,7 +172,7 @@ class HuggingFace(Source):
     """
 
     def __init__(self, dataset: Any, image: str | None = None, key: str | None = None) -> None:
-        datasets = need("datasets", "test")
+        datasets = need("datasets", "datasets")
         if not isinstance(dataset, datasets.Dataset):
             raise InputError(
                 f"Expected a datasets.Dataset with random access, got {type(dataset).__name__}: name one split, "

@@ -1,0 +1,207 @@
+"""Both decoders see the same picture, and the same as read_image: the oracle is Pillow."""
+
+import io
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from shapleycam import InputError
+from shapleycam.data.decoding import Decoder, simple
+from shapleycam.data.images import Preprocess, read_image, to_picture
+
+RECIPE = Preprocess((20, 24), 28, "bicubic")
+
+
+def picture(seed=0, size=(61, 43)):
+    noise = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.nn.functional.interpolate(noise, (size[1], size[0]), mode="bicubic").clamp(0, 1).mul(255).byte()
+    return to_picture(pixels[0].permute(1, 2, 0))
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture(), "JPEG", quality=90, exif=exif)
+
+
+def wide():
+    ramp = Image.new("I;16", (61, 43))
+    ramp.putdata([(x * 1050) % 65536 for x in range(61 * 43)])
+    return ramp
+
+
+def translucent():
+    image = picture().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+PICTURES = {
+    "jpeg": encoded(picture(), "JPEG"),
+    "jpeg 4:4:4": encoded(picture(), "JPEG", quality=95, subsampling=0),
+    "jpeg progressive": encoded(picture(), "JPEG", progressive=True),
+    "jpeg grey": encoded(picture().convert("L"), "JPEG"),
+    "jpeg cmyk": encoded(picture().convert("CMYK"), "JPEG"),
+    **{f"jpeg turned {n}": turned(n) for n in range(1, 9)},
+    "png": encoded(picture(), "PNG"),
+    "png grey": encoded(picture().convert("L"), "PNG"),
+    "png 1 bit": encoded(picture().convert("1"), "PNG"),
+    "png palette": encoded(picture().convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+    "png palette, one transparent": encoded(picture().convert("P", palette=Image.Palette.ADAPTIVE), "PNG", transparency=3),
+    "png rgb, one transparent": encoded(picture(), "PNG", transparency=picture().getpixel((5, 5))),
+    "png alpha": encoded(translucent(), "PNG"),
+    "png grey alpha": encoded(translucent().convert("LA"), "PNG"),
+    "png 16 bit": encoded(wide(), "PNG"),
+    "gif": encoded(picture(), "GIF"),
+    "gif animated": encoded(picture(), "GIF", save_all=True, append_images=[picture(1), picture(2)]),
+    "webp": encoded(picture(), "WEBP"),
+    "webp alpha": encoded(translucent(), "WEBP"),
+    "webp animated": encoded(picture(), "WEBP", save_all=True, append_images=[picture(1)]),
+    "tiff": encoded(picture(), "TIFF"),
+    "bmp": encoded(picture(), "BMP"),
+}
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "pillow", "exact"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_all_see_the_same_picture(name, decoder):
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec.decoders")
+    expected = read_image(io.BytesIO(PICTURES[name]), name)
+    found = Decoder(RECIPE, decoder)(PICTURES[name], name)
+    assert (found.width, found.height) == expected.size == ((43, 61) if name[-1] in "5678" and "turned" in name else (61, 43))
+    assert found.view.shape == (3, 20, 24) and found.view.dtype == torch.uint8
+    off = (found.view.int() - RECIPE.view(expected).int()).abs()
+    assert int(off.max()) <= (0 if decoder == "exact" else 1)
+    whole = Preprocess((min(expected.size),) * 2, min(expected.size), "bilinear")  # no resize: what was decoded, and no other
+    assert torch.equal(Decoder(whole, decoder)(PICTURES[name], name).view, whole.view(expected))
+
+
+def test_torchcodec_is_asked_where_it_can_be_trusted():
+    served = {name for name, content in PICTURES.items() if simple(content)}
+    assert served == {name for name in PICTURES if name.startswith("jpeg") and "cmyk" not in name} | {"png", "png grey"}
+    assert simple(PICTURES["jpeg"]) == simple(PICTURES["png"]) == (61, 43)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (260, 260), (61, 43), (3000, 200)])
+def test_the_fast_resize_is_within_a_level_of_pillow_s(interpolation, size):
+    recipe = Preprocess((224, 224), 256, interpolation)
+    image = picture(3, size)
+    noise = torch.randint(-20, 21, (3, size[1], size[0]), generator=torch.Generator().manual_seed(1))
+    rough = to_picture((torch.tensor(list(image.tobytes())).view(size[1], size[0], 3) + noise.permute(1, 2, 0)).clamp(0, 255).byte())
+    off = (recipe.view_of(_pixels(rough)).int() - recipe.view(rough).int()).abs()
+    assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.02
+
+
+def _pixels(image):
+    from shapleycam.data.images import pixels_of
+
+    return pixels_of(image)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "lanczos"])
+def test_other_interpolations_are_pillow_s(interpolation):
+    recipe = Preprocess((20, 24), 28, interpolation)
+    found = Decoder(recipe, "pillow")(PICTURES["png"], "png").view
+    assert torch.equal(found, recipe.view(picture()))
+
+
+def test_the_box_is_what_the_crop_shows():
+    """A picture whose pixels tell where they are, enlarged: the colours at the crop's rims are those at the box's."""
+    width, height = 80, 60
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = to_picture(torch.stack((x * 3, y * 4, x * 0), -1).byte())
+    recipe = Preprocess((224, 200), 256, "bilinear")
+    view, (left, top, right, bottom) = recipe.view(image).float(), recipe.box(width, height)
+    assert float(view[0, 100, 0]) / 3 + 0.5 == pytest.approx(left, abs=0.5)
+    assert float(view[0, 100, -1]) / 3 + 0.5 == pytest.approx(right, abs=0.5)
+    assert float(view[1, 0, 100]) / 4 + 0.5 == pytest.approx(top, abs=0.5)
+    assert float(view[1, -1, 100]) / 4 + 0.5 == pytest.approx(bottom, abs=0.5)
+    assert (right - left, bottom - top) == (pytest.approx(200 * width / 341), pytest.approx(224 * height / 256))
+
+
+def bomb():
+    """A PNG header of 30,000 × 30,000 pixels in front of a few bytes."""
+    import zlib
+
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    size = (30_000).to_bytes(4, "big") * 2
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + bytes([8, 2, 0, 0, 0])) + chunk(b"IDAT", zlib.compress(b"0" * 99))
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pillow", "exact"])
+def test_bombs_are_refused_by_a_limit_that_users_set(decoder):
+    with pytest.raises(InputError, match=r"bomb has 30000 × 30000 pixels, more than the limit of 89478485"):
+        Decoder(RECIPE, decoder)(bomb(), "bomb")
+    with pytest.raises(InputError, match="more than the limit of 1000"):
+        Decoder(RECIPE, decoder, max_pixels=1000)(PICTURES["jpeg"], "a")
+    assert Decoder(RECIPE, decoder, max_pixels=61 * 43)(PICTURES["jpeg"], "a").width == 61
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(InputError, match="damaged|cannot be"):  # within the limit, and then there is nothing in it
+        Decoder(RECIPE, decoder, max_pixels=900_000_001)(bomb()[:60], "bomb")
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pillow"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2000)])
+def test_tiny_and_narrow(decoder, size):
+    recipe = Preprocess((20, 20), 28, "bilinear")
+    content = encoded(picture(0, size), "PNG")
+    if max(size) > 1000:
+        assert Decoder(recipe, decoder)(content, "a").view.shape == (3, 20, 20)
+        content = encoded(picture(0, (1, 2000)), "PNG")
+        with pytest.raises(InputError, match="more than 1000 times"):
+            Decoder(recipe, decoder)(content, "a")
+    else:
+        assert Decoder(recipe, decoder)(content, "a").view.shape == (3, 20, 20)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "jpeg progressive", "gif", "webp"])
+def test_damage_is_an_error_or_the_same_picture(name):
+    """Cut and changed at random places: never a crash, never another exception, and both decoders agree."""
+    chance = random.Random(5)
+    content = PICTURES[name]
+    outcomes = set()
+    for _ in range(40):
+        damaged = bytearray(content[: chance.randrange(len(content))] if chance.random() < 0.5 else content)
+        for _ in range(chance.randrange(3)):
+            if damaged:
+                damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        found = []
+        for decoder in ("auto", "pillow"):
+            try:
+                found.append(Decoder(RECIPE, decoder)(bytes(damaged), name).view)
+            except InputError as error:
+                found.append(str(error))
+        outcomes.add(type(found[0]).__name__)
+        if isinstance(found[0], str) or isinstance(found[1], str):
+            assert found[0] == found[1]
+        else:
+            assert torch.equal(found[0], found[1])
+    assert "str" in outcomes
+
+
+def test_a_decoder_that_is_named_must_be_there(monkeypatch):
+    import sys
+
+    from shapleycam.data import decoding
+
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    monkeypatch.setattr(decoding, "_torchcodec", decoding._torchcodec.__wrapped__)
+    with pytest.raises(InputError, match=r"shapleycam\[decode\]"):
+        Decoder(RECIPE, "torchcodec")
+    assert Decoder(RECIPE).served_by == "pillow" and Decoder(RECIPE)(PICTURES["jpeg"], "a").width == 61
