@@ -100,7 +100,9 @@ def test_the_fast_resize_is_within_a_level_of_pillow_s(interpolation, size):
     recipe = Preprocess((224, 224), 256, interpolation)
     image = picture(3, size)
     noise = torch.randint(-20, 21, (3, size[1], size[0]), generator=torch.Generator().manual_seed(1))
-    rough = to_picture((torch.tensor(list(image.tobytes())).view(size[1], size[0], 3) + noise.permute(1, 2, 0)).clamp(0, 255).byte())
+    rough = to_picture(
+        (torch.tensor(list(image.tobytes())).view(size[1], size[0], 3) + noise.permute(1, 2, 0)).clamp(0, 255).byte()
+    )
     off = (recipe.view_of(_pixels(rough)).int() - recipe.view(rough).int()).abs()
     assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.02
 

@@ -79,7 +79,14 @@ def test_what_matches():
     assert matches("a.b", "a.b") and not matches("axb", "a.b") and matches("(a)+$", "(a)+$")
 
 
-HOSTILE = ["new\nline.jpg", "quote'\".jpg", "<script>alert(1)</script>.jpg".replace("/", "∕"), "comma,;tab\t.jpg", "ümläut 猫.jpg", "=1+1.jpg"]
+HOSTILE = [
+    "new\nline.jpg",
+    "quote'\".jpg",
+    "<script>alert(1)</script>.jpg".replace("/", "∕"),
+    "comma,;tab\t.jpg",
+    "ümläut 猫.jpg",
+    "=1+1.jpg",
+]
 
 
 def test_hostile_names(tmp_path):
@@ -218,8 +225,13 @@ def pack(file, members):
 
 def test_tars_in_webdataset_s_manner(folder, tmp_path):
     one, two, three = rows(folder)[:3]
-    pack(tmp_path / "s-0.tar", [("n/000.jpg", one), ("n/000.cls", b"7\n"), ("n/000.json", b"{}"), ("n/001.cls", b"5"), ("n/001.seg.png", two)])
-    pack(tmp_path / "s-1.tar", [("dir.with.dots/002.png", three), ("readme", b"no"), ("003.txt", b"no picture"), (".x.jpg", one)])
+    pack(
+        tmp_path / "s-0.tar",
+        [("n/000.jpg", one), ("n/000.cls", b"7\n"), ("n/000.json", b"{}"), ("n/001.cls", b"5"), ("n/001.seg.png", two)],
+    )
+    pack(
+        tmp_path / "s-1.tar", [("dir.with.dots/002.png", three), ("readme", b"no"), ("003.txt", b"no picture"), (".x.jpg", one)]
+    )
     for address in (tmp_path, f"{tmp_path}/s-{{0..1}}.tar", f"{tmp_path}/*.tar"):
         source = open_source(address)
         entries = list(source.entries())
@@ -314,7 +326,9 @@ def test_evaluation_reads_the_same_sources(folder, tmp_path):
     small = Preprocess((20, 24), 28)
     pack(tmp_path / "t.tar", [(f"{n:03}.{key.rpartition('.')[2]}", (folder / key).read_bytes()) for n, key in enumerate(KEYS)])
     files, tar = open_samples(folder, small), open_samples(tmp_path / "t.tar", small)
-    assert all(torch.equal(a.view, b.view) for a, b in zip((files[i] for i in range(6)), (tar[i] for i in range(6)), strict=True))
+    assert all(
+        torch.equal(a.view, b.view) for a, b in zip((files[i] for i in range(6)), (tar[i] for i in range(6)), strict=True)
+    )
     assert files.labels == ("B", "b", "b-c") and tar[0].name == "000"
 
 

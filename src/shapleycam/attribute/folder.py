@@ -108,7 +108,7 @@ class Folder:
         """Remove what a run that died left half-written; with ``restart`` everything that is ours."""
         for file in self.path.iterdir():
             ours = file.name in (JOB, MANIFEST) or _PART.fullmatch(file.name)
-            half = file.name.startswith(".") and file.name.endswith(".part")
+            half = file.name.endswith(".part") and file.name.lstrip(".").startswith(("part-", JOB, MANIFEST))
             if half or (restart and ours):
                 file.unlink(missing_ok=True)
         if not (self.path / JOB).exists():

@@ -24,6 +24,7 @@ from ..data.manifest import Manifest, key_hash
 from ..data.sources import Entry, Source, open_source
 from ..errors import InputError
 from ..optional import need
+from . import exchange
 from .folder import MANIFEST, part_files, read_job
 from .part import LAYOUT
 
@@ -362,6 +363,20 @@ class Maps(Dataset[Map]):
         heat = ops.display_map(maps, tuple(view.shape[1:]), renormalize=True)
         drawn = ops.overlay(view[None].repeat(len(maps), 1, 1, 1), heat, colormap=colormap, alpha=alpha)
         return drawn if row.raw.ndim == 3 else drawn[0]
+
+    # ----------------------------------------------------------------------------------------------- for other libraries
+
+    def to_hf(self, folder: str | PathLike[str] | None = None) -> Any:
+        """See :func:`shapleycam.attribute.exchange.to_hf`."""
+        return exchange.to_hf(self, folder)
+
+    def to_fiftyone(self, folder: str | PathLike[str], **options: Any) -> Any:
+        """See :func:`shapleycam.attribute.exchange.to_fiftyone`."""
+        return exchange.to_fiftyone(self, folder, **options)
+
+    def to_quantus(self, keys: Sequence[str | int] | None = None, size: Sequence[int] | int | None = None) -> Any:
+        """See :func:`shapleycam.attribute.exchange.to_quantus`."""
+        return exchange.to_quantus(self, keys, size)
 
 
 def open_maps(path: str | PathLike[str], source: Source | Any = None) -> Maps:

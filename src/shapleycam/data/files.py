@@ -185,11 +185,15 @@ def shown(path: str) -> str:
 def write_whole(file: Path, text: str) -> None:
     """Write a file in one piece: whoever reads it finds the old content or the new, also after a crash."""
     beside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    with open(beside, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
+    try:
+        with open(beside, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
