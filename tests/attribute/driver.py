@@ -1,6 +1,6 @@
 """The command with a small network in the place of a trained one, in a process that tests may kill.
 
-``python -m tests.attribute.driver attribute SOURCE --out DIR ...``; SHAPLEYCAM_TEST_SLEEP makes every batch take so many seconds.
+``python -m tests.attribute.driver attribute SOURCE --out DIR ...``; every batch sleeps SHAPLEYCAM_TEST_SLEEP seconds.
 """
 
 from __future__ import annotations

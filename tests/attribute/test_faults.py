@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
@@ -189,7 +190,7 @@ def test_a_full_disk(classifier, many, small_disk, tmp_path):
     out = small_disk / "maps"
     filler = small_disk / "filler"
     filler.write_bytes(b"0" * 20_000)
-    with pytest.raises(JobError, match=r"part-.*cannot be written: .*No space left.*the same\s+command goes on"):
+    with pytest.raises(JobError, match=r"part-.*cannot be written: .*No space left.*the same command goes on"):
         attribute(classifier, many, out, SETTINGS, shard_size=6)
     parts = list(out.glob("part-*"))
     assert 0 < len(parts) < 14 and not list(out.glob(".part-*"))
@@ -230,7 +231,7 @@ def test_a_quota(many, tmp_path):
 class Sick(PictureFolder):
     """Some files hang, one raises what nobody expects, one is gone."""
 
-    sick: dict = {}
+    sick: ClassVar[dict] = {}
 
     def load(self, entry):
         name = entry.key.rpartition("/")[2]

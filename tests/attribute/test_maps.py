@@ -45,7 +45,7 @@ def test_hashes_that_agree(out, monkeypatch):
 
     monkeypatch.setattr(module, "key_hash", lambda key: 7)
     maps = open_maps(out)
-    assert [maps.index(key) for key in maps.keys()] == list(range(23)) and "absent.jpg" not in maps
+    assert [maps.index(key) for key in list(maps.keys())] == list(range(23)) and "absent.jpg" not in maps
 
 
 def test_parts_that_are_not_there_yet(out):

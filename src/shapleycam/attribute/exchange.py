@@ -122,8 +122,8 @@ def to_fiftyone(
 ) -> Any:
     """A FiftyOne data set with a heatmap, a prediction and the numbers of every picture that is a file.
 
-    FiftyOne stretches a heatmap over the whole picture. So each is written as a PNG (8 bits) of the picture's shape, at most 2048
-    pixels long, with 0 where the network, which saw a crop, did not look.
+    FiftyOne stretches a heatmap over the whole picture. So each is written as a PNG (8 bits) of the picture's shape, at most
+    2048 pixels long, with 0 where the network, which saw a crop, did not look.
 
     Args:
         maps: the result.

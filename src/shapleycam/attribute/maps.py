@@ -84,8 +84,8 @@ class Maps(Dataset[Map]):
     def __init__(self, path: str | PathLike[str], source: Source | Any = None) -> None:
         self.path = Path(path)
         self.job = read_job(self.path)
-        said: dict[str, Any] = self.job["preprocess"]
-        self.preprocess = Preprocess(**{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
+        said: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in self.job["preprocess"].items()}
+        self.preprocess = Preprocess(**said)
         self._given = source
         self._start()
         self._parts = sorted(part_files(self.path))
@@ -98,6 +98,7 @@ class Maps(Dataset[Map]):
         self._lock = threading.RLock()
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._shard: tuple[int, list[Entry]] | None = None  # the entries of the part that was asked for last
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("path", "job", "preprocess", "_given", "_parts", "_starts")
@@ -161,6 +162,9 @@ class Maps(Dataset[Map]):
         """
         return self._row(self.index(key))
 
+    def __iter__(self) -> Iterator[Map]:
+        return (self._row(index) for index in range(len(self)))
+
     def index(self, key: str | int) -> int:
         """The number of a row.
 
@@ -180,7 +184,9 @@ class Maps(Dataset[Map]):
         """The picture of a row, as its source lists it."""
         part, row = self._place(self.index(key))
         with self._lock:
-            return self.manifest.shard(self._parts[part])[row]
+            if self._shard is None or self._shard[0] != part:
+                self._shard = part, self.manifest.shard(self._parts[part])
+            return self._shard[1][row]
 
     def _row(self, index: int) -> Map:
         part, row = self._place(index)
@@ -308,21 +314,18 @@ class Maps(Dataset[Map]):
         if len(wanted) != 2 or any(not isinstance(s, int) or s < 1 for s in wanted):
             raise InputError(f"size must be a positive integer, or two (height, width), got {size!r}.")
         maps = row.raw if row.raw.ndim == 3 else row.raw[None]
-        if whole is None:
-            found = ops.display_map(maps, wanted, renormalize=True)
-        else:
-            found = self._in_whole(maps, wanted, whole)
+        found = self._in_whole(maps, wanted, whole) if whole else ops.display_map(maps, wanted, renormalize=True)
         return found if row.raw.ndim == 3 else found[0]
 
     def _in_whole(self, maps: Tensor, size: tuple[int, int], whole: tuple[int, int]) -> Tensor:
         left, top, right, bottom = self.preprocess.box(whole[1], whole[0])
         x, y = size[1] / whole[1], size[0] / whole[0]
-        l, r = round(left * x), max(round(right * x), round(left * x) + 1)
-        t, b = round(top * y), max(round(bottom * y), round(top * y) + 1)
-        l, t = min(l, size[1] - 1), min(t, size[0] - 1)
-        r, b = min(r, size[1]), min(b, size[0])
+        columns = _pixels(left * x, right * x, size[1])
+        rows = _pixels(top * y, bottom * y, size[0])
         found = maps.new_zeros((maps.shape[0], *size))
-        found[:, t:b, l:r] = ops.display_map(maps, (b - t, r - l), renormalize=True)
+        found[:, rows, columns] = ops.display_map(
+            maps, (rows.stop - rows.start, columns.stop - columns.start), renormalize=True
+        )
         return found
 
     @cached_property
@@ -404,6 +407,12 @@ def raw_of(table: Any) -> Tensor:
     flat = table.column("scale").combine_chunks()
     scales = torch.tensor([each if each is not None else float("nan") for each in _flat(flat)])
     return maps * scales.reshape(*maps.shape[:-2], 1, 1)
+
+
+def _pixels(start: float, stop: float, count: int) -> slice:
+    """The nearest whole pixels, at least one, of ``count``."""
+    first = min(max(round(start), 0), count - 1)
+    return slice(first, min(max(round(stop), first + 1), count))
 
 
 def _flat(column: Any) -> list[float | None]:

@@ -169,8 +169,8 @@ class PartWriter:
     def _failed(self, error: OSError) -> JobError:
         self.drop()
         return JobError(
-            f"{self.folder / part_name(self.shard)} cannot be written: {error.strerror or error}. What is done is kept: the same "
-            "command goes on when there is room."
+            f"{self.folder / part_name(self.shard)} cannot be written: {error.strerror or error}. What is done is kept: the "
+            "same command goes on when there is room."
         )
 
     def _table(self, entries: Sequence[Entry], found: Sequence[Decoded | Failure], numbers: Found | None) -> Any:

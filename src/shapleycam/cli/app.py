@@ -374,6 +374,26 @@ def attribute(
 
 
 @app.command()
+def maps(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `shapleycam attribute --out` wrote.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page and the contact sheet; DIR if not given.")] = None,
+    source: Annotated[str | None, typer.Option(help="Where the pictures are, if they have moved.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Pictures on the page, spread evenly over all.")] = 10_000,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of maps that are alike.")] = 12,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Put the pictures into the page.")] = True,
+    json: Json = False,
+) -> int:
+    """Show the maps of a data set: a summary, a contact sheet, and one HTML page that needs no server.
+
+    The page (gallery.html) has every picture with its map, filters, sorting, the mean map of each class, and groups of maps
+    that are alike, which is how shortcuts that a network has learned are found.
+    """
+    from .maps import Options, run_maps
+
+    return run_maps(Options(folder, out, source, limit, groups, pictures, json), _results(), _stderr)
+
+
+@app.command()
 def demo(out: Out = Path("shapleycam-out/demo"), device: Device = "auto", backend: Backend = "auto") -> int:
     """Explain photographs that come with scikit-image, with a trained network from PyPI; nothing is downloaded."""
     from .demo import run_demo
