@@ -51,7 +51,7 @@ def wait_for(condition, process, seconds=100):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_signals_end_it_and_it_goes_on(folder, tmp_path, number, monkeypatch):
     """The network sleeps, so that the signal falls between two parts."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -163,7 +163,7 @@ def chaos_of_its_own(folder, tmp_path, rounds, code=CHAOS):
 
 @pytest.mark.slow
 def test_kill_9_of_the_driver(many, tmp_path):
-    assert chaos_of_its_own(many, tmp_path, 8) >= 3
+    assert chaos_of_its_own(many, tmp_path, 5) >= 2
 
 
 @pytest.mark.long

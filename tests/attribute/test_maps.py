@@ -196,3 +196,39 @@ def test_quantus_s_a_batch(out):
     assert maps.to_quantus().shape == (21, 1, 20, 24)
     with pytest.raises(InputError, match="has no map"):
         maps.to_quantus(["cat/cut.png"])
+
+
+class Collected:
+    """In the place of a data set of FiftyOne's, which needs a MongoDB server; the samples in it are FiftyOne's own."""
+
+    def __init__(self):
+        self.samples, self.info, self.saved = [], {}, 0
+
+    def __len__(self):
+        return 0
+
+    def add_samples(self, samples):
+        self.samples += samples
+
+    def save(self):
+        self.saved += 1
+
+
+@pytest.mark.slow
+def test_fiftyone(out, tmp_path):
+    fiftyone = pytest.importorskip("fiftyone")
+    maps, collected = open_maps(out), Collected()
+    assert maps.to_fiftyone(tmp_path / "png", dataset=collected) is collected and collected.saved == 1
+    assert len(collected.samples) == 23 and all(isinstance(sample, fiftyone.Sample) for sample in collected.samples)
+    samples = {sample.filepath: sample for sample in collected.samples}
+    row = maps["cat/04.png"]
+    sample = samples[row.path]
+    assert sample["ground_truth"].label == "cat" and sample["shapleycam_prediction"].label == maps.class_name(row.target)
+    heat = sample["shapleycam"]
+    assert isinstance(heat, fiftyone.Heatmap) and heat.range == [0, 255]
+    with Image.open(heat.map_path) as png:
+        assert png.mode == "L" and png.size == (40, 30)
+        values = torch.frombuffer(bytearray(png.tobytes()), dtype=torch.uint8).view(30, 40).float() / 255
+    torch.testing.assert_close(values, maps.heatmap("cat/04.png", frame="image"), atol=0.002, rtol=0)
+    bad = samples[maps["cat/cut.png"].path]
+    assert bad["shapleycam_status"] == "undecodable" and not bad.has_field("shapleycam")

@@ -20,6 +20,7 @@ from ..data.decoding import Decoded, Decoder
 from ..data.sources import Entry, Source
 from ..errors import InputError, JobError
 
+AHEAD = 3  # batches that are decoded before they are asked for
 _HANGING = 64  # threads that may be stuck in files at once
 _TICK = 0.2  # seconds between two looks at the clock and at the wish to stop
 
@@ -90,7 +91,7 @@ class Feeder:
         limit: float | None = None,
         stop: threading.Event | None = None,
         pinned: bool = False,
-        ahead: int = 3,
+        ahead: int = AHEAD,
     ) -> None:
         self._source, self._decoder = source, decoder
         self._size, self._ahead, self._limit, self._pinned = batch_size, ahead, limit, pinned

@@ -6,12 +6,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..data.sources import Source, open_source
 from ..errors import InputError
@@ -130,7 +128,7 @@ def attribute(
         if not missing:
             return outcome
         began = time.monotonic()
-        work = Work(classifier, pictures, folder.path, settings, folder.identity())
+        work = Work(classifier, pictures, folder.path, settings, folder.identity(), shard_size)
         if scheduler == "ray":
             from .ray import on_ray
 
@@ -168,11 +166,7 @@ class Work:
     out: Path
     settings: Settings
     identity: dict[str, Any]
-
-    def on(self, device: str) -> Work:
-        """The same with the model on a device."""
-        model = self.classifier.model.to(torch.device(device))
-        return replace(self, classifier=replace(self.classifier, model=model))
+    shard_size: int = SHARD
 
     def runner(self, stop: threading.Event | None = None) -> ShardRunner:
         return ShardRunner(self.classifier, self.source, self.out / MANIFEST, self.out, self.settings, self.identity, stop)

@@ -1,0 +1,101 @@
+"""The data-set job on a Ray cluster: the same worker class in actors; scheduling, retries and lost nodes are Ray's.
+
+The source and the result's folder must be reachable from every node under the same names.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InputError, JobError, ShapleyCamError
+from ..optional import need
+from .feed import Stopped
+from .part import Part
+
+if TYPE_CHECKING:
+    from .job import ShardRunner
+    from .local import Work
+
+_RETRIES = 4  # of a shard whose actor or node was lost
+_TICK = 0.5
+
+
+def on_ray(
+    work: Work, shards: Sequence[int], devices: Sequence[str], address: str | None, stop: threading.Event
+) -> Generator[Part, None, None]:
+    """The shards by actors, as they get done: one per GPU of the cluster, or per CPU where the model is on one, or per device.
+
+    Args:
+        work: see there.
+        shards: what to do.
+        devices: how many actors, and whether on GPUs; empty for all that the cluster has.
+        address: of a cluster; None for the one this process is connected to, or a new one on this machine.
+        stop: ends it.
+
+    Raises:
+        Stopped: ``stop`` was set.
+        InputError: Ray is not installed, or the cluster cannot be reached or has no such device.
+        JobError: Ray gave up on a shard.
+        ShapleyCamError: what a worker raised.
+    """
+    ray, pools = need("ray", "ray"), need("ray.util", "ray")
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"Ray at {address or 'this machine'} cannot be reached: {error}") from error
+    actors: list[Any] = []
+    try:
+        on_gpu = (devices[0] if devices else next(work.classifier.model.parameters()).device.type).startswith("cuda")
+        kind = "GPU" if on_gpu else "CPU"
+        there = int(ray.cluster_resources().get(kind, 0))
+        if on_gpu and not there:
+            raise InputError("The Ray cluster has no GPU: use --device cpu, or another --address.")
+        threads = torch.get_num_threads()
+        count = len(devices) or (there if on_gpu else max(there // threads, 1))
+        packed = io.BytesIO()
+        torch.save(work, packed)
+        options: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": min(threads, max(there // count, 1))}
+        remote = ray.remote(**options, max_restarts=-1, max_task_retries=_RETRIES)(_Actor)
+        content = ray.put(packed.getvalue())
+        actors = [remote.remote(content, "cuda" if on_gpu else "cpu", threads) for _ in range(min(count, len(shards)))]
+        pool = pools.ActorPool(actors)
+        for shard in shards:
+            pool.submit(lambda actor, k: actor.run.remote(k), shard)
+        while pool.has_next():
+            if stop.is_set():
+                raise Stopped
+            try:
+                part: Part = pool.get_next_unordered(timeout=_TICK)
+            except TimeoutError:
+                continue
+            yield part
+    except ShapleyCamError as error:
+        raise getattr(error, "cause", error) from None  # Ray's own class around it has its traceback as a text
+    except ray.exceptions.RayError as error:
+        raise JobError(f"Ray gave up: {error}") from error
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        if ours:
+            ray.shutdown()
+
+
+class _Actor:
+    """A worker in one of Ray's processes."""
+
+    def __init__(self, packed: bytes, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._work: Work = torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
+        self._runner: ShardRunner | None = None
+
+    def run(self, shard: int) -> Part:
+        if self._runner is None:  # not in the constructor, whose errors lose their class on the way
+            self._runner = self._work.runner()
+        return self._runner.run(shard)
