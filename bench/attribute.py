@@ -1,0 +1,399 @@
+"""The data-set job: its price over plain inference, loops that people write, decoders, memory, and the files.
+
+Every ratio is of contenders that take turns in this run, block by block, so that what disturbs the machine disturbs all of
+them; it is the median over the blocks of one's seconds over the other's in the same block. Pictures are generated: smooth
+noise with grain, JPEG of 500 × 375 and about 50 KB, as a photograph of ImageNet. Usage:
+
+    python -m bench.attribute [--out DIR] [--device cuda] [--images 2000] [--only NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shapleycam import Explainer
+from shapleycam.attribute import Settings, open_maps
+from shapleycam.attribute.feed import Batch
+from shapleycam.attribute.job import ShardRunner
+from shapleycam.attribute.part import Found
+from shapleycam.data.decoding import Decoder
+from shapleycam.data.images import Preprocess, read_image, to_picture
+from shapleycam.data.manifest import Manifest, write_manifest
+from shapleycam.data.sources import open_source
+from shapleycam.model.zoo import Classifier
+
+from .ops import commit, conditions
+
+BLOCK = 32  # pictures of a block, which is a shard
+RECIPE = Preprocess((224, 224), 256, "bilinear")
+
+
+def pictures(folder: Path, count: int, size: tuple[int, int] = (500, 375), quality: int = 88) -> Path:
+    """Generated JPEGs; made once."""
+    done = folder / ".done"
+    if done.exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for n in range(count):
+        smooth = torch.rand(1, 3, 8, 10, generator=generator)
+        large = nn.functional.interpolate(smooth, (size[1], size[0]), mode="bicubic")[0]
+        grain = torch.randn(large.shape, generator=generator) * 0.03
+        pixels = (large + grain).clamp(0, 1).mul(255).byte().permute(1, 2, 0).contiguous()
+        to_picture(pixels).save(folder / f"{n:06}.jpg", quality=quality)
+    done.touch()
+    return folder
+
+
+def classifier(head: str, device: torch.device) -> Classifier:
+    """ResNet-18 with random weights; "pool-linear" is its own head, "mlp" has a hidden layer, which no closed form covers."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(weights=None)
+    if head == "mlp":
+        model.fc = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1000))
+    return Classifier(f"resnet18 {head}", model.to(device).eval(), RECIPE, (), "random")
+
+
+class Plain(ShardRunner):
+    """The same job without an explanation: decode, predict, write the class and its probability."""
+
+    def _explain(self, batch: Batch) -> Found | None:
+        if batch.views is None:
+            return None
+        with torch.inference_mode():
+            logits = self.classifier.model(self._images(batch.views))
+            best = logits.softmax(1).max(1)
+            value = logits.gather(1, best.indices[:, None])
+            nothing = torch.full_like(value, float("nan"))
+            numbers = torch.stack([best.values[:, None], value, nothing, nothing, nothing]).float()
+            maps = torch.zeros(
+                (len(logits), 1, *self._schema.field("map").type.shape), dtype=torch.float16, device=logits.device
+            )
+            finite = logits.isfinite().all(1)
+            return self._to_host(maps, numbers, best.indices[:, None], finite)
+
+
+def runner(kind: type[ShardRunner], model: Classifier, source: Path, place: Path, settings: Settings) -> ShardRunner:
+    place.mkdir(parents=True, exist_ok=True)
+    pictures = open_source(source)
+    write_manifest(pictures, place / "manifest.parquet", BLOCK)
+    return kind(model, pictures, place / "manifest.parquet", place, settings, {})
+
+
+def interleaved(contenders: dict[str, Callable[[int], Any]], blocks: range) -> dict[str, list[float]]:
+    """Seconds of every contender on every block, in an order that turns."""
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for block in blocks:
+        for name in names[block % len(names) :] + names[: block % len(names)]:
+            began = time.perf_counter()
+            contenders[name](block)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], of: str, over: str) -> float:
+    """Median over the blocks of how much longer ``over`` takes than ``of``: the rate of ``of`` in units of ``over``'s."""
+    return statistics.median(b / a for a, b in zip(seconds[of], seconds[over], strict=True))
+
+
+def price(source: Path, work: Path, count: int, device: torch.device, settings: Settings) -> dict[str, Any]:
+    """Pictures/s of the job over those of the same loop with plain inference."""
+    found: dict[str, Any] = {}
+    cases = {
+        "closed_form": ("pool-linear", settings),
+        "quadrature, 4 nodes": ("pool-linear", replace(settings, engine="quadrature", nodes=4)),
+        "reverse_over_reverse (a hidden layer)": ("mlp", settings),
+    }
+    for name, (head, chosen) in cases.items():
+        model = classifier(head, device)
+        both = {
+            "plain": runner(Plain, model, source, work / "plain", chosen),
+            "attribute": runner(ShardRunner, model, source, work / "attribute", chosen),
+        }
+        for each in both.values():
+            each.run(0)  # everything is warm
+        blocks = range(1, (count if name == "closed_form" else count // 4) // BLOCK)
+        seconds = interleaved({key: each.run for key, each in both.items()}, blocks)
+        found[name] = {
+            "engine": both["attribute"].engine,
+            "pictures": len(blocks) * BLOCK,
+            "of_plain": ratio(seconds, "attribute", "plain"),
+            "pictures_per_second": BLOCK / statistics.median(seconds["attribute"]),
+            "seconds": seconds,
+        }
+        for each in both.values():
+            each.close()
+        print(f"{name}: {found[name]['of_plain']:.3f} of plain inference", flush=True)
+    return found
+
+
+def loops(source: Path, work: Path, count: int, device: torch.device, settings: Settings) -> dict[str, Any]:
+    """Pictures/s of the job over those of loops that people write."""
+    import numpy
+    from pytorch_grad_cam import ShapleyCAM
+    from torchvision import transforms
+
+    model = classifier("pool-linear", device)
+    ours = runner(ShardRunner, model, source, work / "ours", settings)
+    files = sorted(source.glob("*.jpg"))
+    recipe = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(RECIPE.mean, RECIPE.std),
+        ]
+    )
+
+    class Files(torch.utils.data.Dataset):
+        def __init__(self, chosen: list[Path]) -> None:
+            self.chosen = chosen
+
+        def __len__(self) -> int:
+            return len(self.chosen)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, str]:
+            from PIL import Image
+
+            return recipe(Image.open(self.chosen[index]).convert("RGB")), self.chosen[index].stem
+
+    cam = ShapleyCAM(model=model.model, target_layers=[model.model.layer4[-1]])
+    (work / "npy").mkdir(parents=True, exist_ok=True)
+
+    def theirs(block: int) -> None:
+        chosen = files[block * BLOCK : (block + 1) * BLOCK]
+        for images, names in torch.utils.data.DataLoader(Files(chosen), batch_size=settings.batch_size):
+            for each, name in zip(cam(input_tensor=images.to(device), targets=None), names, strict=True):
+                numpy.save(work / "npy" / f"{name}.npy", each)
+
+    explainer = Explainer(model.model)
+
+    def by_map(block: int) -> None:
+        import datasets
+
+        data = datasets.Dataset.from_dict({"path": [str(f) for f in files[block * BLOCK : (block + 1) * BLOCK]]})
+
+        def explain(batch: dict[str, Any]) -> dict[str, Any]:
+            views = torch.stack([RECIPE.view(read_image(path)) for path in batch["path"]]).to(device)
+            return {"map": explainer(RECIPE.normalise(views)).raw.half().cpu().numpy()}
+
+        data.map(explain, batched=True, batch_size=settings.batch_size, new_fingerprint=f"block{block}")
+
+    contenders: dict[str, Callable[[int], Any]] = {"attribute": ours.run, "pytorch-grad-cam and np.save": theirs}
+    try:
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.disable_caching()
+        contenders["datasets.map with our explainer"] = by_map
+    except ImportError:
+        print("datasets is not installed: left out", file=sys.stderr)
+    for each in contenders.values():
+        each(0)
+    blocks = range(1, 1 + max(count // BLOCK, 3))
+    seconds = interleaved(contenders, blocks)
+    ours.close()
+    found = {name: {"times": ratio(seconds, "attribute", name), "seconds": seconds[name]} for name in contenders}
+    for name, each in found.items():
+        print(f"{each['times']:.2f} × {name}", flush=True)
+    return found
+
+
+def decoders(source: Path, count: int) -> dict[str, Any]:
+    """Pictures/s of decode, resize and crop alone, with 1 and 2 threads."""
+    contents = [(file.name, file.read_bytes()) for file in sorted(source.glob("*.jpg"))[:count]]
+    chosen: dict[str, Decoder] = {
+        "Pillow, its resize": Decoder(RECIPE, "exact"),
+        "Pillow, PyTorch's resize": Decoder(RECIPE, "pillow"),
+    }
+    try:
+        chosen["torchcodec, PyTorch's resize"] = Decoder(RECIPE, "torchcodec")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+
+    def job(decoder: Decoder, threads: int) -> Callable[[int], None]:
+        def run(block: int) -> None:
+            def work(share: list[tuple[str, bytes]]) -> None:
+                for name, content in share:
+                    decoder(content, name)
+
+            workers = [threading.Thread(target=work, args=(contents[n::threads],)) for n in range(threads)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+
+        return run
+
+    contenders = {f"{name}, {threads} threads": job(d, threads) for name, d in chosen.items() for threads in (1, 2)}
+    seconds = interleaved(contenders, range(9))
+    first = next(iter(contenders))
+    found = {
+        name: {"pictures_per_second": len(contents) / statistics.median(values), "times": ratio(seconds, name, first)}
+        for name, values in seconds.items()
+    }
+    for name, each in found.items():
+        print(f"{name}: {each['pictures_per_second']:.0f}/s, {each['times']:.2f} × {first}", flush=True)
+    return found
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from bench.attribute import RECIPE, Preprocess, Classifier, Settings
+from shapleycam.attribute import attribute
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1))
+model += nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+c = Classifier("tiny", model.eval(), Preprocess((32, 32), 32, "bilinear"), (), "random")
+peaks = []
+def progress(outcome):
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peaks.append(int(status["VmRSS"].split()[0]))
+attribute(c, sys.argv[1], sys.argv[2], Settings(layer="2", batch_size=64), progress=progress)
+print(sorted(peaks)[len(peaks) // 2], peaks[-1])
+"""
+
+
+def memory(work: Path, large: int) -> dict[str, Any]:
+    """Resident memory (KiB) of the whole process at the end of 2,000 and of ten times as many small pictures."""
+    found: dict[str, Any] = {}
+    for count in (large // 10, large):
+        source = pictures(work / f"small-{count}", count, (48, 40))
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(source), str(work / f"memory-{count}")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        median, last = map(int, done.stdout.split())
+        found[str(count)] = {"median_kib": median, "end_kib": last}
+    ends = [each["end_kib"] for each in found.values()]
+    found["growth"] = ends[1] / ends[0] - 1
+    print(f"memory: {found}", flush=True)
+    return found
+
+
+def files(work: Path, large: int) -> dict[str, Any]:
+    """What writing and reading the result costs, by the result of :func:`memory`, and one of 7 × 7 maps made up for it."""
+    from pyarrow import parquet
+
+    out = work / f"memory-{large}"
+    parts = sorted(out.glob("part-*"))
+    size = sum(file.stat().st_size for file in parts)
+    maps = open_maps(out)
+    began = time.perf_counter()
+    rows = sum(len(keys) for keys, _ in maps.batches())
+    scan = time.perf_counter() - began
+    keys = list(maps.keys())
+    maps[keys[0]]  # builds the index
+    generator, times = torch.Generator().manual_seed(0), []
+    for index in torch.randperm(len(keys), generator=generator)[:300].tolist():
+        began = time.perf_counter()
+        maps[keys[index]]
+        times.append(time.perf_counter() - began)
+    table = parquet.read_table(parts[0])
+    began = time.perf_counter()
+    for _ in range(20):
+        parquet.write_table(table, work / "again.parquet", compression="zstd", compression_level=1, use_dictionary=False)
+    write = (time.perf_counter() - began) / 20
+    began = time.perf_counter()
+    listed = Manifest(out / "manifest.parquet").count
+    found = {
+        "rows": rows,
+        "grid": list(maps.grid),
+        "bytes_per_row": size / rows,
+        "manifest_bytes_per_row": (out / "manifest.parquet").stat().st_size / listed,
+        "scan_rows_per_second": rows / scan,
+        "write_rows_per_second": len(table) / write,
+        "write_mb_per_second": table.nbytes / write / 1e6,
+        "random_map_ms": statistics.median(times) * 1e3,
+    }
+    print(found, flush=True)
+    return found
+
+
+def schedule(shards: int = 100_000) -> dict[str, Any]:
+    """What the bookkeeping of many shards costs: a runner that writes empty files in the place of the network."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        began = time.perf_counter()
+        for k in range(shards):
+            beside = folder / f".part-{k:06}.part"
+            beside.touch()
+            os.replace(beside, folder / f"part-{k:06}.parquet")
+        wrote = time.perf_counter() - began
+        began = time.perf_counter()
+        missing = [k for k in range(shards) if not (folder / f"part-{k:06}.parquet").exists()]
+        seen = time.perf_counter() - began
+        assert not missing
+    return {"shards": shards, "seconds_to_place": wrote, "seconds_to_find_the_missing": seen}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "shapleycam-bench-attribute")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--large", type=int, default=20_000)
+    parser.add_argument("--only", nargs="*", default=["price", "loops", "decoders", "memory", "files", "schedule"])
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    settings = Settings(batch_size=8 if device.type == "cpu" else 64, threads=len(os.sched_getaffinity(0)))
+    source = pictures(options.work / "pictures", options.images)
+    size = statistics.mean(file.stat().st_size for file in source.glob("*.jpg"))
+    run = options.work / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    for stale in options.work.glob("memory-*"):
+        if "memory" in options.only:
+            shutil.rmtree(stale)
+    steps: dict[str, Callable[[], Any]] = {
+        "price": lambda: price(source, run, options.images, device, settings),
+        "loops": lambda: loops(source, run, options.images // 8, device, settings),
+        "decoders": lambda: decoders(source, 100),
+        "memory": lambda: memory(options.work, options.large),
+        "files": lambda: files(options.work, options.large),
+        "schedule": schedule,
+    }
+    result: dict[str, Any] = {
+        "conditions": {
+            **conditions(device),
+            "pictures": options.images,
+            "picture_bytes": round(size),
+            "settings": asdict(settings),
+        }
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = (
+        options.out / f"attribute-{device.type}-{'-'.join(result['conditions']['device'].lower().split()[:2])}-{commit()}.json"
+    )
+    for name in options.only:
+        result[name] = steps[name]()
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    main()
