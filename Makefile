@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test long quick lint format bench bench-peers parity picture ci clean
+.PHONY: help install demo test long chaos quick lint format bench bench-peers parity picture ci clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(STAMP)  ## The whole test suite, on two processes
 
 long: $(STAMP)  ## The tests of minutes, of which the suite has a short form
 	$(BIN)/python -m pytest -m long
+
+chaos: $(STAMP)  ## kill -9 of the data-set job's driver, workers and Ray node at random moments, a hundred times
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/attribute
 
 quick: $(STAMP)  ## Within a minute: the tests without the Triton interpreter, large networks and processes of their own
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not interpreter and not gpu and not long"

@@ -44,12 +44,10 @@ class Folder:
 
     def __init__(self, path: Path, classifier: Classifier, source: Source, settings: Settings, shard_size: int) -> None:
         self.path, self._source, self._classifier, self._shard_size = path, source, classifier, shard_size
-        from ..data.decoding import Decoder
-
         device = next(classifier.model.parameters()).device
         self.key: dict[str, Any] = {
             **settings.key(),
-            "decoder": Decoder(classifier.preprocess, settings.decoder).served_by,
+            "decoder": "exact" if settings.decoder == "exact" else "auto",  # torchcodec and Pillow give the same pixels
             "model": classifier.name,
             "weights": classifier.fingerprint(),
             "preprocess": repr(classifier.preprocess),

@@ -122,6 +122,7 @@ class ShardRunner:
             backend=settings.backend,
             seed=settings.seed,
         )
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._stop = stop or threading.Event()
         self._decoder = Decoder(classifier.preprocess, settings.decoder, settings.max_pixels)
         self._class_of = self._target_reader()
@@ -216,7 +217,18 @@ class ShardRunner:
         return self._explainer(images, self._first_targets(images), with_gap=self._gap, with_norms=self.settings.norms)
 
     def _images(self, views: Tensor) -> Tensor:
-        return self.classifier.preprocess.normalise(views.to(self.device, non_blocking=True)).to(self._dtype)
+        return self.classifier.preprocess.normalise(self._upload(views)).to(self._dtype)
+
+    def _upload(self, views: Tensor) -> Tensor:
+        """The views on the device; on CUDA by a stream of their own, beside what the network is still computing."""
+        if self._copies is None:
+            return views.to(self.device)
+        with torch.cuda.stream(self._copies):
+            there = views.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copies)
+        there.record_stream(current)  # or the allocator might give its memory away too early
+        return there
 
     # ------------------------------------------------------------------------------------------------------ the targets
 

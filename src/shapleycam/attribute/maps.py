@@ -350,7 +350,7 @@ class Maps(Dataset[Map]):
             InputError: the picture cannot be read.
         """
         entry, made = self.entry(key), self.job["key"]
-        decode = Decoder(self.preprocess, _here(made["decoder"]), made["max_pixels"])
+        decode = Decoder(self.preprocess, made["decoder"], made["max_pixels"])
         return decode(self.source.load(entry), entry.key).view
 
     def overlay(self, key: str | int, *, colormap: str = "jet", alpha: float = 0.5) -> Tensor:
@@ -420,8 +420,3 @@ def _flat(column: Any) -> list[float | None]:
     if values and isinstance(values[0], list):
         return [one for row in values for one in row]
     return values
-
-
-def _here(decoder: str) -> str:
-    """The decoder that a result was made with, or what gives the same pixels where torchcodec is not installed."""
-    return "auto" if decoder == "torchcodec" else decoder

@@ -132,6 +132,8 @@ def _serve(pipe: Any, packed: bytes, device: str, threads: int, parent: int) -> 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the parent sees to the rest
     try:
         torch.set_num_threads(threads)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         work: Work = torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
         for part in work.runner().run_all(_asked(pipe)):
             pipe.send(part)

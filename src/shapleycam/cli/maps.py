@@ -58,7 +58,7 @@ def run_maps(options: Options, results: Console, progress: Console) -> int:
             limit=options.limit,
             count=options.groups,
             pictures=pictures,
-            title=os.fspath(options.folder.resolve()),
+            title=os.fspath(options.folder),
             progress=steps.at,
         )
     files.append(out / "gallery.html")

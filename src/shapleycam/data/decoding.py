@@ -63,13 +63,6 @@ class Decoder:
         if self.name == "torchcodec":
             need("torchcodec.decoders", "decode")
 
-    @property
-    def served_by(self) -> str:
-        """Which decoder "auto" is here."""
-        if self.name != "auto":
-            return self.name
-        return "pillow" if _torchcodec() is None else "torchcodec"
-
     def __call__(self, content: bytes, name: str) -> Decoded:
         """Decode, turn upright, resize and crop.
 

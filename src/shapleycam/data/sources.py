@@ -235,7 +235,13 @@ def open_source(
         return source
     if not isinstance(source, (str, PathLike)):
         return HuggingFace(source, image, key)
-    address = fspath(source)
+    found = _at(fspath(source), image, key, label, recursive)
+    if (image or key or label) and found.columns == (None, None, None):
+        raise InputError(f"{shown(found.address)} is no table, so it has no columns {image or key or label!r}.")
+    return found
+
+
+def _at(address: str, image: str | None, key: str | None, label: str | None, recursive: bool) -> Source:
     files, path = files_of(address)
     if files.is_folder(path):
         names = [found.path for found in files.walk(path, recursive=False)]
