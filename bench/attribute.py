@@ -131,7 +131,7 @@ def price(source: Path, work: Path, count: int, device: torch.device, settings: 
         }
         for each in both.values():
             each.run(0)  # everything is warm
-        blocks = range(1, (count if name == "closed_form" else count // 4) // BLOCK)
+        blocks = range(1, (count if name == "closed_form" else count // 2) // BLOCK)
         seconds = interleaved({key: each.run for key, each in both.items()}, blocks)
         found[name] = {
             "engine": both["attribute"].engine,
@@ -357,6 +357,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "shapleycam-bench-attribute")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--timed", type=int, help="pictures that are timed per contender; all if not given")
     parser.add_argument("--large", type=int, default=20_000)
     parser.add_argument("--only", nargs="*", default=["price", "loops", "decoders", "memory", "files", "schedule"])
     options = parser.parse_args()
@@ -364,14 +365,13 @@ def main() -> None:
     settings = Settings(batch_size=8 if device.type == "cpu" else 64, threads=len(os.sched_getaffinity(0)))
     source = pictures(options.work / "pictures", options.images)
     size = statistics.mean(file.stat().st_size for file in source.glob("*.jpg"))
-    run = options.work / "run"
-    shutil.rmtree(run, ignore_errors=True)
+    run = Path(tempfile.mkdtemp(prefix="run-", dir=options.work))
     for stale in options.work.glob("memory-*"):
         if "memory" in options.only:
             shutil.rmtree(stale)
     steps: dict[str, Callable[[], Any]] = {
-        "price": lambda: price(source, run, options.images, device, settings),
-        "loops": lambda: loops(source, run, options.images // 8, device, settings),
+        "price": lambda: price(source, run, options.timed or options.images, device, settings),
+        "loops": lambda: loops(source, run, (options.timed or options.images) // 4, device, settings),
         "decoders": lambda: decoders(source, 100),
         "memory": lambda: memory(options.work, options.large),
         "files": lambda: files(options.work, options.large),
@@ -386,12 +386,15 @@ def main() -> None:
         }
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    file = (
-        options.out / f"attribute-{device.type}-{'-'.join(result['conditions']['device'].lower().split()[:2])}-{commit()}.json"
-    )
+    processor = "-".join(result["conditions"]["device"].lower().split()[:2])
+    file = options.out / f"attribute-{device.type}-{processor}.json"
+    if file.exists() and set(options.only) < set(steps):  # the other steps' results stay; each says its commit and load
+        result = {**json.loads(file.read_text()), "conditions": result["conditions"]}
     for name in options.only:
         result[name] = steps[name]()
+        result.setdefault("measured", {})[name] = {"commit": commit(), "load": os.getloadavg()[0]}
         file.write_text(json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(run)
     print(f"written: {file}")
 
 

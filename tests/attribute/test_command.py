@@ -92,6 +92,13 @@ def test_another_job_s_folder(folder, tmp_path, capsys):
     assert call(folder, "--out", tmp_path / "maps", "--restart") == 3
 
 
+def test_names_that_terminals_would_obey(folder, tmp_path, capsys):
+    (folder / "a\x1b[2J[red]\n\u202eb.jpg").write_text("no")
+    assert call(folder, "--out", tmp_path / "maps") == 3
+    said = capsys.readouterr().err
+    assert r"a\x1b[2J[red]\n\u202eb.jpg: is not an image" in said and "\x1b" not in said and "\u202e" not in said
+
+
 def test_no_pictures(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert call(tmp_path / "empty", "--out", tmp_path / "maps") == 2

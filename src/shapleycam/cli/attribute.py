@@ -113,7 +113,7 @@ def run_attribute(options: Options, results: Console, progress: Console) -> int:
                 progress=at,
             )
     for name, kind, why in outcome.examples:
-        progress.print(f"[yellow]{escape(kind)}:[/] {escape(name)}: {escape(why)}", soft_wrap=True)
+        progress.print(f"[yellow]{escape(kind)}:[/] {escape(printable(name))}: {escape(printable(why))}", soft_wrap=True)
     if outcome.failed > len(outcome.examples) and outcome.examples:
         progress.print(f"… {outcome.failed} without a map in all: shapleycam maps {escape(str(outcome.out))} lists them.")
     said = _said(outcome)
@@ -125,6 +125,11 @@ def run_attribute(options: Options, results: Console, progress: Console) -> int:
     if outcome.interrupted:
         return 128 + (stop.signal or signal.SIGINT)
     return 3 if outcome.failed else 0
+
+
+def printable(text: str) -> str:
+    """Text in one line that no terminal takes for a command: what cannot be printed as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def content(outcome: Outcome) -> dict[str, Any]:

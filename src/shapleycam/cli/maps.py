@@ -17,6 +17,7 @@ from ..attribute.summary import Summary, first, pick, summarise
 from ..data.files import write_whole
 from ..data.sources import open_source
 from ..errors import InputError
+from .attribute import printable
 from .demo import Tile, contact_sheet
 from .explain import print_json
 from .progress import Steps
@@ -112,7 +113,7 @@ def _print(maps: Maps, summary: Summary, results: Console) -> None:
     if len(summary.classes) > _SHOWN:
         results.print(f"… and {len(summary.classes) - _SHOWN} more classes.")
     for reason, count in list(summary.errors.items())[:_SHOWN]:
-        results.print(f"[yellow]{count} ×[/] {escape(reason)}", soft_wrap=True)
+        results.print(f"[yellow]{count} ×[/] {escape(printable(reason))}", soft_wrap=True)
 
 
 def _readable(maps: Maps, progress: Console) -> bool:
