@@ -403,9 +403,11 @@ def tensor_of(table: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def raw_of(table: Any) -> Tensor:
     """The signed maps of a table with the columns "map" and "scale", float32 [n, *grid]."""
-    maps = tensor_of(table)
-    flat = table.column("scale").combine_chunks()
-    scales = torch.tensor([each if each is not None else float("nan") for each in _flat(flat)])
+    maps, column = tensor_of(table), table.column("scale").combine_chunks()
+    if hasattr(column, "num_chunks"):
+        column = column.chunk(0)
+    flat = column.flatten() if maps.ndim == 4 else column
+    scales = torch.tensor(flat.to_numpy(zero_copy_only=False))  # NaN where there is none
     return maps * scales.reshape(*maps.shape[:-2], 1, 1)
 
 
@@ -413,10 +415,3 @@ def _pixels(start: float, stop: float, count: int) -> slice:
     """The nearest whole pixels, at least one, of ``count``."""
     first = min(max(round(start), 0), count - 1)
     return slice(first, min(max(round(stop), first + 1), count))
-
-
-def _flat(column: Any) -> list[float | None]:
-    values: list[Any] = column.to_pylist()
-    if values and isinstance(values[0], list):
-        return [one for row in values for one in row]
-    return values
