@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from shapleycam import Explainer
 from shapleycam.attribute import Settings, open_maps
 from shapleycam.attribute.feed import Batch
+from shapleycam.attribute.folder import part_files
 from shapleycam.attribute.job import ShardRunner
 from shapleycam.attribute.part import Found
 from shapleycam.data.decoding import Decoder
@@ -319,12 +320,14 @@ def files(work: Path, large: int) -> dict[str, Any]:
         parquet.write_table(table, work / "again.parquet", compression="zstd", compression_level=1, use_dictionary=False)
     write = (time.perf_counter() - began) / 20
     began = time.perf_counter()
-    listed = Manifest(out / "manifest.parquet").count
+    listed = Manifest(out / "manifest.parquet")
+    footer = parquet.read_metadata(out / "manifest.parquet").serialized_size
     found = {
         "rows": rows,
         "grid": list(maps.grid),
         "bytes_per_row": size / rows,
-        "manifest_bytes_per_row": (out / "manifest.parquet").stat().st_size / listed,
+        "manifest_bytes_per_row": (out / "manifest.parquet").stat().st_size / listed.count,
+        "manifest_footer_bytes_per_shard": footer / listed.shards,
         "scan_rows_per_second": rows / scan,
         "write_rows_per_second": len(table) / write,
         "write_mb_per_second": table.nbytes / write / 1e6,
@@ -345,7 +348,8 @@ def schedule(shards: int = 100_000) -> dict[str, Any]:
             os.replace(beside, folder / f"part-{k:06}.parquet")
         wrote = time.perf_counter() - began
         began = time.perf_counter()
-        missing = [k for k in range(shards) if not (folder / f"part-{k:06}.parquet").exists()]
+        there = part_files(folder)
+        missing = [k for k in range(shards) if k not in there]
         seen = time.perf_counter() - began
         assert not missing
     return {"shards": shards, "seconds_to_place": wrote, "seconds_to_find_the_missing": seen}

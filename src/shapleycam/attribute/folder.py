@@ -157,14 +157,11 @@ class Folder:
         A file under its final name was complete when it got it; this is about copies and damage since.
         """
         parquet, found = need("pyarrow.parquet", "attribute"), {}
-        for k in range(self.manifest.shards):
-            file = self.path / part_name(k)
-            if not file.exists():
-                continue
+        for k, file in sorted(part_files(self.path).items()):
             try:
                 meta = parquet.read_metadata(file)
                 said = meta.metadata or {}
-                whole = meta.num_rows == self.manifest.rows(k)
+                whole = k < self.manifest.shards and meta.num_rows == self.manifest.rows(k)
                 ours = json.loads(said.get(b"shapleycam:job", b"null")) == self.identity()
             except (OSError, ValueError):
                 whole = ours = False

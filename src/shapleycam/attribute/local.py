@@ -120,10 +120,11 @@ def attribute(
     with folder.locked():
         folder.open(restart=restart)
         outcome = Outcome(folder.path, folder.manifest.count, parts=folder.manifest.shards)
-        for part in folder.done().values():
+        done = folder.done()
+        for part in done.values():
             outcome.add(part)
         outcome.resumed = outcome.rows
-        missing = [k for k in range(folder.manifest.shards) if not (folder.path / f"part-{k:06}.parquet").exists()]
+        missing = [k for k in range(folder.manifest.shards) if k not in done]
         progress(outcome)
         if not missing:
             return outcome
