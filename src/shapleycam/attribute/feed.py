@@ -139,7 +139,11 @@ class Feeder:
             spare = good[0]
             rows = [each.view if isinstance(each, Decoded) else spare for each in found]
             rows += [spare] * (self._size - len(rows))
-            views = torch.empty((self._size, *spare.shape), dtype=torch.uint8, pin_memory=self._pinned)
+            shape = (self._size, *spare.shape)
+            if self._pinned:
+                views = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            else:  # as the views are, and as a CPU's convolutions are quickest (bench.attribute)
+                views = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
             torch.stack(rows, out=views)
         return Batch(shard, first, last, [task.entry for task in tasks], found, views)
 
