@@ -2,8 +2,8 @@
 
 Every ratio is of contenders that take turns in this run, block by block, so that what disturbs the machine disturbs all of
 them; it is the median over the blocks of one's seconds over the other's in the same block. On a CPU the seconds are those of
-the process's CPU time, all threads together, which others on the machine take little from; the clock's stand beside them. Pictures are generated: smooth
-noise with grain, JPEG of 500 × 375 and about 50 KB, as a photograph of ImageNet. Usage:
+the process's CPU time, all threads together, which others on the machine take little from; the clock's stand beside them.
+Pictures are generated: smooth noise with grain, JPEG of 500 × 375 and about 50 KB, as a photograph of ImageNet. Usage:
 
     python -m bench.attribute [--out DIR] [--device cuda] [--images 2000] [--only NAME ...]
 """
