@@ -200,8 +200,12 @@ def explain(
 @app.command()
 def evaluate(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="DIR_OR_PARQUET", help="A folder of pictures, or of parquet files, or one.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images, tables (.parquet, .arrow) or tars; one of these; a pattern; or an address of fsspec.",
+            show_default=False,
+        ),
     ],
     model: Model = "efficientnet-lite0",
     weights: Annotated[

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..data.samples import open_samples
+from ..data.sources import open_source
 from ..errors import InputError, ShapleyCamError
 from ..evaluate.paper import PRESETS, Preset, get_preset, load_preset
 from ..evaluate.run import Protocol, evaluate
@@ -25,7 +26,7 @@ from .report import Section, content, print_report, write_report
 class Options:
     """What the command was asked for; see ``shapleycam evaluate --help``."""
 
-    source: Path
+    source: str
     model: str = DEFAULT_MODEL
     weights: str | None = None
     classes: Path | None = None
@@ -60,8 +61,7 @@ def run_evaluate(options: Options, results: Console, progress: Console) -> int:
     chosen: list[Preset | None] = [None]
     if options.paper_table:
         chosen = [get_preset(name) for name in options.networks] if options.networks else list(PRESETS.values())
-    if not options.source.exists():
-        raise InputError(f"{options.source}: there is no such folder or file.")
+    open_source(options.source)  # or it would be missed only behind the first network
     options.output.mkdir(parents=True, exist_ok=True)
     sections: list[Section] = []
     missing: list[str] = []
