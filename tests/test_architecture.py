@@ -22,11 +22,7 @@ LAW = (
     ("program",),
     ("explanation",),
     ("explainer",),
-<<<<<<< HEAD
-    ("smoothing", "shapley", "evaluate", "profiling", "compat"),  # the uses
-=======
-    ("smoothing", "shapley", "evaluate", "attribute", "compat"),  # the uses
->>>>>>> b16eb55 (attribute: manifest, shards, decoding threads, parts of Parquet, resumption, the command)
+    ("smoothing", "shapley", "evaluate", "attribute", "profiling", "compat"),  # the uses
     ("cli",),
 )
 #: Public names of modules that moved; they re-export, and nothing here imports them.
