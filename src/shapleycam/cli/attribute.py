@@ -232,7 +232,8 @@ def stopping(progress: Console) -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        over.set()
+        if not stop.event.is_set():  # else the process is to end in time also where its own end takes long
+            over.set()
         signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
