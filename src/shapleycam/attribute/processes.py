@@ -128,7 +128,7 @@ def _count_death(worker: _Worker, tries: Counter[int]) -> None:
 
 def _serve(pipe: Any, packed: bytes, device: str, threads: int, parent: int) -> None:
     """The process of a worker."""
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the parent sees to the rest
     try:
         torch.set_num_threads(threads)
@@ -151,7 +151,7 @@ def _asked(pipe: Any) -> Iterator[int]:
         yield shard
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel end this process when its parent ends (Linux); elsewhere a closed pipe does it at the next shard."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

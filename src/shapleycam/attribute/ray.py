@@ -6,6 +6,7 @@ The source and the result's folder must be reachable from every node under the s
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ..errors import InputError, JobError, ShapleyCamError
 from ..optional import need
 from .feed import Stopped
 from .part import Part
+from .processes import die_with
 
 if TYPE_CHECKING:
     from .job import ShardRunner
@@ -60,7 +62,8 @@ def on_ray(
         threads = torch.get_num_threads()
         count = len(devices) or (there if on_gpu else max(there // threads, 1))
         packed = io.BytesIO()
-        torch.save(work, packed)
+        # By value what the script that is run defines itself, such as a model's class, which no other process can import.
+        torch.save(work, packed, pickle_module=need("ray.cloudpickle", "ray"))
         options: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": min(threads, max(there // count, 1))}
         remote = ray.remote(**options, max_restarts=-1, max_task_retries=_RETRIES)(_Actor)
         content = ray.put(packed.getvalue())
@@ -91,6 +94,7 @@ class _Actor:
     """A worker in one of Ray's processes."""
 
     def __init__(self, packed: bytes, device: str, threads: int) -> None:
+        die_with(os.getppid())  # Ray's own process on this node, of whose sudden end actors take long to hear
         torch.set_num_threads(threads)
         self._work: Work = torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
         self._runner: ShardRunner | None = None
