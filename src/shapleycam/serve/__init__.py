@@ -1,0 +1,26 @@
+"""The explanation service: a batcher, a service around it, and the HTTP server over both (``shapleycam serve``)."""
+
+from .batching import Batcher, BatcherError, DeadlinePassed, OutOfMemory, Overloaded, Slot, Stopped, Watch, tune
+from .pictures import BadImage
+from .runtime import ExplainerRuntime, Maps, OnnxRuntime, Question, Runtime
+from .service import Answer, Service
+
+__all__ = [
+    "Answer",
+    "BadImage",
+    "Batcher",
+    "BatcherError",
+    "DeadlinePassed",
+    "ExplainerRuntime",
+    "Maps",
+    "OnnxRuntime",
+    "OutOfMemory",
+    "Overloaded",
+    "Question",
+    "Runtime",
+    "Service",
+    "Slot",
+    "Stopped",
+    "Watch",
+    "tune",
+]
