@@ -159,7 +159,9 @@ def test_a_poisoned_batch_fails_only_the_bad_one() -> None:
     assert batcher.stop() and batcher.held == 0
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError, MemoryError, lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
 def test_a_batch_that_does_not_fit_is_split_and_later_ones_are_smaller(error: Callable[[], Exception]) -> None:
     def fault(items: list[Any]) -> None:
         if len(items) > 2 or "huge" in items:

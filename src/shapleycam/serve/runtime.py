@@ -321,9 +321,7 @@ class OnnxRuntime:
             if self._targets:
                 feed["target"] = (here if self._targets == 1 else here[:, None]).contiguous().numpy()
             found.append(self._session.run(self._names, feed))
-        return {
-            name: torch.cat([torch.from_numpy(one[index]) for one in found]) for index, name in enumerate(self._names)
-        }
+        return {name: torch.cat([torch.from_numpy(one[index]) for one in found]) for index, name in enumerate(self._names)}
 
 
 def _known(what: str, asked: Sequence[str] | None, default: Sequence[str], known: Any) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """One model behind one queue: admit, decode, batch, answer. What every protocol asks, and what one embeds without HTTP.
 
-    with Service(ExplainerRuntime(load_classifier())) as service:
-        answer = service.explain(open("cat.jpg", "rb").read(), Question(topk=3))
+with Service(ExplainerRuntime(load_classifier())) as service:
+    answer = service.explain(open("cat.jpg", "rb").read(), Question(topk=3))
 """
 
 from __future__ import annotations
@@ -318,7 +318,9 @@ class Service:
         if isinstance(image, Tensor):
             wanted = (3, *preprocess.crop)
             if tuple(image.shape) != wanted or (image.dtype != torch.uint8 and not image.dtype.is_floating_point):
-                raise InputError(f"An image tensor must be uint8 or floating {list(wanted)}, got {image.dtype} {list(image.shape)}.")
+                raise InputError(
+                    f"An image tensor must be uint8 or floating {list(wanted)}, got {image.dtype} {list(image.shape)}."
+                )
             view = image if image.dtype == torch.uint8 else None
             pixels = preprocess.normalise(image) if view is not None else image.float()
             return _Item(pixels, question.targets, question, view, None)
