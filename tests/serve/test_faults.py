@@ -119,7 +119,10 @@ def test_sixteen_bits_cmyk_and_rotation_are_seen_right(client: httpx.Client) -> 
         (b"no form at all", {"content-type": "multipart/form-data; boundary=x"}),
         (b"no form at all", {"content-type": "multipart/form-data"}),
         (b"--x\r\nbroken", {"content-type": "multipart/form-data; boundary=x"}),
-        (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\ntext\r\n--x--\r\n', {"content-type": "multipart/form-data; boundary=x"}),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\ntext\r\n--x--\r\n',
+            {"content-type": "multipart/form-data; boundary=x"},
+        ),
     ],
 )
 def test_a_form_that_is_none(client: httpx.Client, body: bytes, headers: dict[str, str]) -> None:

@@ -33,9 +33,7 @@ class Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.Softplus()
-        )
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.Softplus())
         self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, CLASSES)
         self.open = threading.Event()  # calls wait while it is cleared
         self.open.set()
@@ -118,7 +116,11 @@ class Live:
 
 @contextlib.contextmanager
 def live(
-    runtime: Runtime | None = None, *, limits: Limits = Limits(), told: ModelConfig = ModelConfig(max_batch=4), **options: Any  # noqa: B008
+    runtime: Runtime | None = None,
+    *,
+    limits: Limits = Limits(),
+    told: ModelConfig = ModelConfig(max_batch=4),
+    **options: Any,  # noqa: B008
 ) -> Iterator[Live]:
     """A server on a free port of the loopback, in a thread, warmed up."""
     runtime = runtime or ExplainerRuntime(classifier())

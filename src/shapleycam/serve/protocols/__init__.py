@@ -1,4 +1,4 @@
-"""The protocols that clients speak, each a file, all over :class:`shapleycam.serve.app.Server`."""
+"""The protocols that clients speak, each a file, all over :class:`shapleycam.serve.server.Server`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 def add_all(app: Any, server: Any) -> None:
     """Add every protocol's routes."""
-    from . import explain
+    from . import explain, kserve_v1, open_inference, torchserve
 
-    explain.add(app, server)
+    for protocol in (explain, kserve_v1, open_inference, torchserve):
+        protocol.add(app, server)
