@@ -1,5 +1,7 @@
-"""A server process with the tiny model: ``python -m tests.serve.process PRE_STOP GRACE``. What it serves waits while the file named
-by HOLD exists."""
+"""A server process with the tiny model: ``python -m tests.serve.process PRE_STOP GRACE``.
+
+What it serves waits while the file named by HOLD exists.
+"""
 
 from __future__ import annotations
 

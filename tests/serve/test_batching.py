@@ -176,7 +176,7 @@ def test_a_batch_that_does_not_fit_is_split_and_later_ones_are_smaller(error: Ca
     with pytest.raises(OutOfMemory):
         futures[7].result(10)
     assert batcher.max_batch == 1  # halved until all but the huge one went well
-    assert [items for _, items in gate.batches[1:5]] == [list(range(7)) + ["huge"], [0, 1, 2, 3], [0, 1], [2, 3]]
+    assert [items for _, items in gate.batches[1:5]] == [[*range(7), "huge"], [0, 1, 2, 3], [0, 1], [2, 3]]
     assert set(seen.events) == {"out_of_memory"}
     assert batcher.stop()
 

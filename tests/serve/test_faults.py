@@ -24,7 +24,6 @@ from shapleycam.serve.config import Limits, ModelConfig
 
 from .tiny import KILLER, POISON, PREPROCESS, SIDE, Known, Live, classifier, encoded, known, live, pixels, with_corner
 
-
 CLIENT = httpx.Client(timeout=30, verify=False)  # a context for TLS would take longer than all the rest
 
 

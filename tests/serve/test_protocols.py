@@ -176,8 +176,8 @@ def test_tritons_client_is_told_of_mistakes(grpc_less: Any) -> None:
         grpc_less.infer("other", [bad])
     with pytest.raises(InferenceServerException, match="no output 'heat'"):
         grpc_less.infer("tiny", [bad], outputs=[triton.InferRequestedOutput("heat")])
+    outputs = [triton.InferRequestedOutput("raw", binary_data=False)]
     with pytest.raises(InferenceServerException, match="FP16 is binary only"):
-        outputs = [triton.InferRequestedOutput("raw", binary_data=False)]
         grpc_less.infer("tiny", [encoded_input(IMAGES[:1])], outputs=outputs, parameters={"map_datatype": "FP16"})
 
 
@@ -243,7 +243,7 @@ def test_torchserve(client: httpx.Client, one: Known) -> None:
     assert client.get("/ping").json() == {"status": "Healthy"}
     by_form = client.post("/predictions/tiny", files={"data": one.data}).json()
     by_body = client.post("/predictions/tiny", content=one.data).json()
-    assert by_form == by_body and list(by_body)[0] == f"thing {one.target}" and len(by_body) == 5
+    assert by_form == by_body and next(iter(by_body)) == f"thing {one.target}" and len(by_body) == 5
     found = client.post("/explanations/tiny", content=one.data).json()
     expected = Explainer(classifier().model)(PREPROCESS.normalise(one.view)[None]).heatmaps()[0]
     assert numpy.allclose(found, expected, atol=1e-3)

@@ -29,7 +29,7 @@ PREPROCESS = Preprocess((SIDE, SIDE), SIDE, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
 
 class Tiny(nn.Module):
-    """Two convolutions, a mean and a linear layer. An image whose first pixel is magenta is poison, one with cyan there kills."""
+    """Two convolutions, a mean and a linear layer. An image with a magenta pixel first is poison; with cyan there it kills."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,13 +118,14 @@ class Live:
 def live(
     runtime: Runtime | None = None,
     *,
-    limits: Limits = Limits(),
-    told: ModelConfig = ModelConfig(max_batch=4),
-    **options: Any,  # noqa: B008
+    limits: Limits | None = None,
+    told: ModelConfig | None = None,
+    **options: Any,
 ) -> Iterator[Live]:
     """A server on a free port of the loopback, in a thread, warmed up."""
     runtime = runtime or ExplainerRuntime(classifier())
-    config = ServerConfig(port=0, limits=limits, models={"tiny": told}, **options)
+    told = told or ModelConfig(max_batch=4)
+    config = ServerConfig(port=0, limits=limits or Limits(), models={"tiny": told}, **options)
     server = Server(config, {"tiny": runtime})
     found = uvicorn.Server(settings(create_app(server, manage=False), config))
     thread = threading.Thread(target=found.run, daemon=True)

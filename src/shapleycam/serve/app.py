@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from .._version import __version__
-from ..optional import need
 from ..errors import ShapleyCamError
+from ..optional import need
 from .guard import Guard
 from .logs import log
 from .refusals import Disconnected, Refusal, body_of, verdict
@@ -85,17 +85,17 @@ def create_app(server: Server, *, manage: bool = True) -> FastAPI:
         return told(request, error)
 
     protocols.add_all(app, server)
-    operation = {"tags": ["operation"]}
+    tags: list[Any] = ["operation"]
 
-    @app.get("/healthz", summary="Whether the process should live", **operation, responses=_HEALTH)
+    @app.get("/healthz", summary="Whether the process should live", tags=tags, responses=_HEALTH)
     async def healthz() -> Response:
         return _state(server.healthy())
 
-    @app.get("/readyz", summary="Whether requests are wanted", **operation, responses=_HEALTH)
+    @app.get("/readyz", summary="Whether requests are wanted", tags=tags, responses=_HEALTH)
     async def readyz() -> Response:
         return _state(server.ready(), {name: one.state for name, one in server.services.items()})
 
-    @app.get("/metrics", summary="Prometheus metrics", **operation, responses={200: {"content": {"text/plain": {}}}})
+    @app.get("/metrics", summary="Prometheus metrics", tags=tags, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         content, kind = server.metrics.text()
         return Response(content, headers={"content-type": kind})

@@ -5,10 +5,11 @@ under load batches fill by themselves.
 
     admit (bounded) ── the caller prepares its item ── Slot.submit ── queue ── the thread: run(key, items) ── Future
 
-Items are batched with others of the same key alone. A request that was cancelled, or whose deadline has passed, is dropped before
-its work is done. When a batch fails, its items are run one by one, and only those that fail again fail; a batch that does not fit
-the memory is split, and later ones are as small. What the thread cannot survive (it dies, or the device is lost) fails everything
-that waits and is told by ``on_death``: a lost CUDA context comes back in a new process only, so the thread is not restarted.
+Items are batched with others of the same key alone. A request that was cancelled, or whose deadline has passed, is dropped
+before its work is done. When a batch fails, its items are run one by one, and only those that fail again fail; a batch that
+does not fit the memory is split, and later ones are as small. What the thread cannot survive (it dies, or the device is lost)
+fails everything that waits and is told by ``on_death``: a lost CUDA context comes back in a new process only, so the thread is
+not restarted.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class Batcher(Generic[T, R]):
         self._condition = threading.Condition()
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
 
-    # ------------------------------------------------------------------------------------------------------ what callers do
+    # ------------------------------------------------------------------------------------------------ what callers do
 
     def start(self, timeout: float | None = None) -> Batcher[T, R]:
         """Start the thread and, with a timeout in seconds (``math.inf`` for none), wait until it is prepared.
@@ -233,7 +234,7 @@ class Batcher(Generic[T, R]):
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
-    # ------------------------------------------------------------------------------------------------------ what slots do
+    # -------------------------------------------------------------------------------------------------- what slots do
 
     def _release(self) -> None:
         with self._condition:
@@ -260,7 +261,7 @@ class Batcher(Generic[T, R]):
             job.future.set_exception(Stopped(f"The model is {self._state}."))
         return job.future
 
-    # ------------------------------------------------------------------------------------------------------ what the thread does
+    # ------------------------------------------------------------------------------------------- what the thread does
 
     def _live(self) -> None:
         try:

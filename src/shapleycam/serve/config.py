@@ -107,8 +107,8 @@ class ServerConfig:
 
     Attributes:
         host, port: where it listens; loopback unless told otherwise.
-        token: what clients must send as ``Authorization: Bearer …``; None for no such thing. Not in the file: ``token_file``, or
-            the environment variable SHAPLEYCAM_TOKEN.
+        token: what clients must send as ``Authorization: Bearer …``; None for no such thing. It does not stand in the file:
+            ``token_file`` does, or the environment variable SHAPLEYCAM_TOKEN has it.
         open_metrics: whether /metrics needs no token.
         page: whether the page is served at /.
         pre_stop: seconds between SIGTERM and the end of listening, in which /readyz says no and requests are still served.

@@ -178,7 +178,7 @@ class Guard:
             status=exchange.status,
             ms=round(taken * 1e3, 1),
             bytes_in=exchange.received,
-            **({"kind": kind} if kind else {}),
+            kind=kind or None,
         )
 
 

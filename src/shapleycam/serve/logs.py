@@ -32,7 +32,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up(level: str = "info", stream: TextIO | None = None) -> None:
-    """Have this process log as JSON lines, uvicorn's and Python's warnings too. For the command; an embedding program has its own."""
+    """Have this process log as JSON lines, also uvicorn and Python's warnings; a program around a server has its own way."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())
     logging.captureWarnings(True)
@@ -48,4 +48,6 @@ def log(event: str, error: BaseException | None = None, level: int | None = None
     if level is None:
         level = logging.INFO if error is None else logging.ERROR
     info = None if error is None else (type(error), error, error.__traceback__)
-    LOGGER.log(level, event, exc_info=info, extra={"fields": fields})
+    LOGGER.log(
+        level, event, exc_info=info, extra={"fields": {name: value for name, value in fields.items() if value is not None}}
+    )

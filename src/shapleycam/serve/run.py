@@ -75,8 +75,8 @@ def serve(config: ServerConfig) -> int:
     """Load the models, serve until SIGTERM or SIGINT, and return the exit status.
 
     On the first signal the server is not ready any more; ``pre_stop`` seconds later it stops listening, answers what it has
-    admitted, and returns 0, or 1 if that took longer than ``grace``. A second signal skips the wait. When a model's thread dies,
-    the status is 70, so that whoever started the process starts another.
+    admitted, and returns 0, or 1 if that took longer than ``grace``. A second signal skips the wait. When a model's thread
+    dies, the status is 70, so that whoever started the process starts another.
 
     Raises:
         ShapleyCamError: a model cannot be loaded, or the address cannot be had.

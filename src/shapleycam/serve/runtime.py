@@ -84,6 +84,7 @@ class Runtime(Protocol):
         count: K, the number of classes; None where that is not known before the first batch.
         methods, utilities, engines: what may be asked for, the default first.
         device: where it runs, in words.
+        gap: whether it has the completeness gap.
     """
 
     preprocess: Preprocess
@@ -93,6 +94,7 @@ class Runtime(Protocol):
     utilities: Sequence[str]
     engines: Sequence[str]
     device: str
+    gap: bool
 
     def explain(self, images: Tensor, question: Question, targets: Tensor | None) -> Maps:
         """Explain a batch.
@@ -123,6 +125,8 @@ class ExplainerRuntime:
         InputError: an unknown name, or several layers.
     """
 
+    gap = True
+
     def __init__(
         self,
         classifier: Classifier,
@@ -136,11 +140,14 @@ class ExplainerRuntime:
         if isinstance(layer, (list, tuple)) and len(layer) != 1:
             raise InputError(f"A served model has one target layer, got {list(layer)}.")
         self.classifier = classifier
-        self.preprocess, self.classes = classifier.preprocess, classifier.classes
+        self.preprocess = classifier.preprocess
+        self.classes: Sequence[Sequence[str]] = classifier.classes
         self.count = len(classifier.classes) or None
-        self.methods = _known("method", methods, [name for name in METHODS if name not in COSTLY], METHODS)
-        self.utilities = _known("utility", utilities, ["rest", *(u for u in UTILITIES if u != "rest")], UTILITIES)
-        self.engines = _known("engine", engines, ["auto", *ENGINES], ["auto", *ENGINES])
+        self.methods: Sequence[str] = _known("method", methods, [name for name in METHODS if name not in COSTLY], METHODS)
+        self.utilities: Sequence[str] = _known(
+            "utility", utilities, ["rest", *(u for u in UTILITIES if u != "rest")], UTILITIES
+        )
+        self.engines: Sequence[str] = _known("engine", engines, ["auto", *ENGINES], ["auto", *ENGINES])
         self._where = next((p.device for p in classifier.model.parameters()), torch.device("cpu"))
         self.device = str(self._where)
         self._layer, self._options = layer, options
@@ -208,9 +215,9 @@ class ExplainerRuntime:
 class OnnxRuntime:
     """A program in an ONNX file, run by ONNX Runtime; PyTorch computes nothing here.
 
-    The file has an input ``image`` [N, 3, H, W] and may have ``target``, int64 [N] or [N, M], where -1 is the predicted class. Its
-    outputs are ``prediction`` [N, K] and ``saliency_map`` [N, (M,) H, W], and may be ``target_class`` and ``raw``. Method, utility
-    and engine are those that it was made with.
+    The file has an input ``image`` [N, 3, H, W] and may have ``target``, int64 [N] or [N, M], where -1 is the predicted class.
+    Its outputs are ``prediction`` [N, K] and ``saliency_map`` [N, (M,) H, W], and may be ``target_class`` and ``raw``. Method,
+    utility and engine are those that it was made with.
 
     Args:
         file: its path.
@@ -223,6 +230,8 @@ class OnnxRuntime:
     Raises:
         InputError: onnxruntime is missing, the file cannot be read, or has other inputs and outputs.
     """
+
+    gap = False
 
     def __init__(
         self,
@@ -264,11 +273,13 @@ class OnnxRuntime:
             "backend": "onnxruntime",
             "layer": told.get("layer", ""),
         }
-        self.preprocess, self.classes = preprocess, classes
+        self.preprocess = preprocess
+        self.classes: Sequence[Sequence[str]] = classes
         count = outputs["prediction"].shape[1]
         self.count = count if isinstance(count, int) else None
-        self.methods, self.utilities = (self._made["method"],), (self._made["utility"],)
-        self.engines = ("auto", *({self._made["engine"]} - {"auto"}))
+        self.methods: Sequence[str] = (self._made["method"],)
+        self.utilities: Sequence[str] = (self._made["utility"],)
+        self.engines: Sequence[str] = ("auto", *({self._made["engine"]} - {"auto"}))
         self.device = self._session.get_providers()[0]
 
     def explain(self, images: Tensor, question: Question, targets: Tensor | None) -> Maps:
@@ -344,7 +355,7 @@ def as_explanation(maps: Maps, row: int, size: tuple[int, int]) -> Explanation:
     shape = maps.raw if maps.raw is not None else maps.shown
     assert shape is not None and maps.targets is not None
     picked = slice(row, row + 1)
-    made = {name: maps.made.get(name, "") for name in ("method", "utility", "engine", "backend")}
+    made: dict[str, Any] = {name: maps.made.get(name, "") for name in ("method", "utility", "engine", "backend")}
     return Explanation(
         outputs=None,
         logits=maps.logits[picked],

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -130,7 +129,8 @@ class Server:
         answers: asyncio.Future[list[Answer]] = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         gone = asyncio.ensure_future(_gone(request))
         try:
-            done, _ = await asyncio.wait({answers, gone}, timeout=allowed, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {answers, gone}
+            done, _ = await asyncio.wait(both, timeout=allowed, return_when=asyncio.FIRST_COMPLETED)
             if answers in done:
                 for n, answer in enumerate(answers.result()):
                     if answer.explanation is not None and not math.isfinite(float(answer.raw.sum())):
@@ -146,9 +146,7 @@ class Server:
             for future in futures:
                 future.cancel()
             answers.cancel()
-            with contextlib.suppress(BaseException):
-                if answers.done():
-                    answers.exception()
+            answers.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio complains
 
     async def draw(self, service: Service, work: Callable[[], A]) -> A:
         """Do the work that follows an answer (resize, colours, PNG) on a thread of its own."""

@@ -154,6 +154,7 @@ def about(service: Service) -> dict[str, Any]:
         "methods": list(runtime.methods),
         "utilities": list(runtime.utilities),
         "engines": list(runtime.engines),
+        "gap": runtime.gap,
         "max_batch": service.max_batch,
     }
 
@@ -239,7 +240,7 @@ def as_json(
         }
         if gaps is not None:
             one["completeness_gap"] = float(gaps[0, m])
-            # U(A) - U(B) is what the attributions should add up to: gap + sum, which the raw map's sum gives for pooled rows.
+            one["utility_gain"] = _gain(answer, m)
         if heatmaps is not None:
             one["heatmap"] = _base64(png(grey(heatmaps[m])))
         if drawn is not None:
@@ -256,6 +257,19 @@ def as_json(
     if Embedded.VIEW in embed and answer.view is not None:
         content["view"] = _base64(png(answer.view.permute(1, 2, 0)))
     return content
+
+
+def _gain(answer: Answer, m: int) -> float | None:
+    """U(A) - U(B), by the gap and the sum of the attributions; None where the map's sum is not theirs.
+
+    The rows that multiply elementwise sum A·w. Those that pool w over the positions first do where w is constant, as the closed
+    form's is.
+    """
+    assert answer.explanation is not None and answer.explanation.gap is not None
+    summed = ("shapleycam-h", "hirescam") + (("shapleycam", "gradcam") if answer.made["engine"] == "closed_form" else ())
+    if answer.made["method"] not in summed or not answer.signed:
+        return None
+    return float(answer.explanation.gap[0, m] + answer.raw[m].sum())
 
 
 def _base64(data: bytes) -> str:

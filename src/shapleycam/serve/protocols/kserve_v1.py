@@ -1,7 +1,7 @@
 """KServe V1: ``:predict`` and ``:explain`` with ``instances``, as KServe's SDK sends them.
 
-An instance is an encoded picture in base64, as ``{"b64": "…"}``, ``{"image": {"b64": "…"}}``, ``{"image_bytes": {"b64": "…"}}`` or the
-bare string, or numbers [3, H, W] as the network takes them (or [H, W, 3] in 0..255, whole, which is a crop).
+An instance is an encoded picture in base64, as ``{"b64": "…"}``, ``{"image": {"b64": "…"}}``, ``{"image_bytes": {"b64": "…"}}``
+or the bare string; or numbers, [3, H, W] as the network takes them, or whole ones in 0..255, [H, W, 3], which are a crop.
 """
 
 # No "from __future__ import annotations": FastAPI reads those of the routes, which are defined in a function.
@@ -144,7 +144,7 @@ def question(instance: Any, parameters: dict[str, Any]) -> Question:
         InputError: of another type.
     """
     told = {**parameters, **(instance if isinstance(instance, dict) else {})}
-    names = {}
+    names: dict[str, Any] = {}
     for name in ("method", "utility", "engine"):
         value = told.get(name, "")
         if not isinstance(value, str):

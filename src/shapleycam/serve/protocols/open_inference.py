@@ -1,14 +1,16 @@
 """The Open Inference Protocol, V2, over HTTP, with the binary extension: health, metadata, ``infer``.
 
-Inputs: ``image``, BYTES [N] (encoded pictures), UINT8 [N, 3, H, W] (crops) or FP32 [N, 3, H, W] (as the network takes them); and,
-if classes are named, ``target``, INT64 [N] or [N, M]. Outputs: ``prediction`` FP32 [N, K], ``target_class`` INT64 [N, M], ``raw`` and
-``saliency_map`` [N, M, h, w]. The maps are FP16 where the request's parameter ``map_datatype`` says so. V2 has no word for "explain":
-the maps are outputs like any other, with the names that the exported programs have.
+Inputs: ``image``, BYTES [N] (encoded pictures), UINT8 [N, 3, H, W] (crops) or FP32 [N, 3, H, W] (as the network takes them);
+and, if classes are named, ``target``, INT64 [N] or [N, M]. Outputs: ``prediction`` FP32 [N, K], ``target_class`` INT64 [N, M],
+``raw`` and ``saliency_map`` [N, M, h, w]. The maps are FP16 where the request's parameter ``map_datatype`` says so. V2 has no
+word for "explain": the maps are outputs like any other, with the names that the exported programs have.
+
+gRPC is not served: it needs generated code and grpcio beside the HTTP server, and a second set of limits; every client of the
+protocol speaks HTTP too.
 """
 
 # No "from __future__ import annotations": FastAPI reads those of the routes, which are defined in a function.
 
-import json
 from typing import Any
 
 import torch
