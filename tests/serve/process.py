@@ -1,6 +1,6 @@
 """A server process with the tiny model: ``python -m tests.serve.process PRE_STOP GRACE``.
 
-What it serves waits while the file named by HOLD exists.
+What it serves waits while the file named by HOLD exists, and PAUSE seconds per batch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from .tiny import classifier
 def main() -> int:
     found = classifier()
     hold = Path(os.environ.get("HOLD", "/nonexistent"))
+    pause = float(os.environ.get("PAUSE", "0"))
 
     def wait(*_: Any) -> None:
         while hold.exists():
             time.sleep(0.01)
+        time.sleep(pause)
 
     found.model.register_forward_pre_hook(wait)
     run.load_runtime = lambda told: ExplainerRuntime(found)

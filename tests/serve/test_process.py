@@ -23,7 +23,7 @@ CLIENT = httpx.Client(timeout=30, verify=False)
 
 
 class Process:
-    """A server's process, its address, and its log."""
+    """A server's process, its address, and its log; the soak test uses it too."""
 
     def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
         self.log = log

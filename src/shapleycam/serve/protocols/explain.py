@@ -278,6 +278,8 @@ def _base64(data: bytes) -> str:
 
 # ------------------------------------------------------------------------------------------------------- the document
 
+#: One orange pixel, a PNG in base64.
+EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mM4EaABAAMkAUEj5ExoAAAAAElFTkSuQmCC"
 _IMAGE = {"type": "string", "format": "binary", "description": "A PNG, JPEG or WebP file."}
 _BODY = {
     "required": True,

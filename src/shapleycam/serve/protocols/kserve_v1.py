@@ -20,7 +20,7 @@ from ..refusals import Refusal
 from ..runtime import Question
 from ..server import Server
 from ..service import Answer, Service
-from .explain import label, responses, top
+from .explain import EXAMPLE, label, responses, top
 
 _ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 
@@ -206,7 +206,7 @@ _BODY = {
                     },
                 },
             },
-            "example": {"instances": [{"b64": "iVBORw0KGgo="}], "parameters": {"method": "shapleycam"}},
+            "example": {"instances": [{"b64": EXAMPLE}], "parameters": {"method": "shapleycam"}},
         }
     },
 }

@@ -23,7 +23,7 @@ from ..runtime import Question
 from ..server import Server
 from ..service import Answer, Service
 from . import tensors
-from .explain import responses
+from .explain import EXAMPLE, responses
 from .kserve_v1 import question
 
 OUTPUTS = ("prediction", "target_class", "raw", "saliency_map")
@@ -47,15 +47,21 @@ def add(app: FastAPI, server: Server) -> None:
     async def server_metadata() -> dict[str, Any]:
         return {"name": "shapleycam", "version": __version__, "extensions": ["binary_tensor_data"]}
 
-    @app.get("/v2/health/live", tags=tags, summary="Whether the process should live", responses=state)
+    @app.get("/v2/health/live", tags=tags, summary="Whether the process should live", responses=state, response_class=Response)
     async def live() -> Response:
         return Response(status_code=200 if server.healthy() else 503)
 
-    @app.get("/v2/health/ready", tags=tags, summary="Whether requests are wanted", responses=state)
+    @app.get("/v2/health/ready", tags=tags, summary="Whether requests are wanted", responses=state, response_class=Response)
     async def ready() -> Response:
         return Response(status_code=200 if server.ready() else 503)
 
-    @app.get("/v2/models/{model}/ready", tags=tags, summary="Whether a model is ready", responses={**state, **unknown})
+    @app.get(
+        "/v2/models/{model}/ready",
+        tags=tags,
+        summary="Whether a model is ready",
+        responses={**state, **unknown},
+        response_class=Response,
+    )
     async def model_ready(model: str) -> Response:
         return Response(status_code=200 if server.service(model).state == "ready" and not server.draining else 503)
 
@@ -212,7 +218,10 @@ _BODY = {
                 },
             },
             "example": {
-                "inputs": [{"name": "target", "shape": [1], "datatype": "INT64", "data": [0]}],
+                "inputs": [
+                    {"name": "image", "shape": [1], "datatype": "BYTES", "data": [EXAMPLE]},
+                    {"name": "target", "shape": [1], "datatype": "INT64", "data": [0]},
+                ],
                 "outputs": [{"name": "saliency_map"}],
             },
         },

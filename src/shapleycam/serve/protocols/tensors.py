@@ -79,7 +79,7 @@ def _tensor(name: str, kind: Any, shape: list[int], data: Any) -> list[bytes] | 
         if len(elements) != count:
             raise wrong
         return elements
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise Refusal(400, "inputs", f"Input {name!r} has the datatype {kind!r}: expected BYTES, {', '.join(_TYPES)}.")
     dtype = _TYPES[kind]
     if isinstance(data, memoryview):
