@@ -1,9 +1,9 @@
 """More clients than a server can serve, for a while: ``python -m tests.serve.soak --seconds 60 --clients 128``.
 
-Every client has an image of its own, whose right map is known. Together they send at twice the rate that the server reached when
-it was asked as fast as it answers. Some send broken images, some poison, some go away without waiting. In the end every request
-must have had one answer, the right one or a clean refusal; the server's memory must have stayed where it was, its queue must be
-empty, and SIGTERM must end it with 0.
+Every client has an image of its own, whose right map is known. Together they send at twice the rate that the server reached
+when it was asked as fast as it answers. Some send broken images, some poison, some go away without waiting. In the end every
+request must have had one answer, the right one or a clean refusal; the server's memory must have stayed where it was, its queue
+must be empty, and SIGTERM must end it with 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy
 
 from .test_process import CLIENT, Process
-from .tiny import POISON, Known, encoded, known, pixels, with_corner
+from .tiny import POISON, Known, encoded, known, with_corner
 
 PAUSE = 0.02  # seconds per batch of two: the model is what limits
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -250,3 +253,25 @@ def test_torchserve(client: httpx.Client, one: Known) -> None:
     wrong = client.post("/explanations/tiny", content=b"GIF89a")
     assert wrong.status_code == 415 and wrong.json()["code"] == 415 and wrong.json()["type"] == "format"
     assert client.post("/predictions/other", content=one.data).status_code == 404
+
+
+# -------------------------------------------------------------------------------------------------------- KServe's SDK
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "KSERVE_PYTHON" not in os.environ, reason="KSERVE_PYTHON names no interpreter with kserve; .ci/run makes one"
+)
+def test_kserves_own_client(shared: Live) -> None:
+    script = Path(__file__).with_name("kserve_client.py")
+    command = [os.environ["KSERVE_PYTHON"], str(script), shared.url, "tiny"]
+    done = subprocess.run(
+        command, input=json.dumps([b64(one.data) for one in IMAGES]), capture_output=True, text=True, timeout=120, env={}
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["v1_ready"] and told["v2_live"] and told["v2_ready"] and told["v2_model_ready"]
+    for n, one in enumerate(IMAGES):
+        assert told["explain"]["explanations"][n]["class"] == told["predict"]["predictions"][n]["class"] == one.target
+        assert numpy.allclose(told["explain"]["explanations"][n]["map"], one.raw, rtol=1e-4, atol=1e-6)
+        assert numpy.allclose(told["v2_raw"][n][0], one.raw, rtol=1e-4, atol=1e-6)

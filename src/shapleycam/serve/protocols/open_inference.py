@@ -11,6 +11,7 @@ protocol speaks HTTP too.
 
 # No "from __future__ import annotations": FastAPI reads those of the routes, which are defined in a function.
 
+import json
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ def add(app: FastAPI, server: Server) -> None:
     """Add the routes."""
     tags: list[Any] = ["open inference"]
     limits = server.config.limits
-    state: dict[int | str, dict[str, Any]] = {503: {"description": "No."}}
     unknown: dict[int | str, dict[str, Any]] = {
         404: {"description": "No such model.", "content": {"application/json": {"schema": _ERROR}}}
     }
@@ -47,23 +47,26 @@ def add(app: FastAPI, server: Server) -> None:
     async def server_metadata() -> dict[str, Any]:
         return {"name": "shapleycam", "version": __version__, "extensions": ["binary_tensor_data"]}
 
-    @app.get("/v2/health/live", tags=tags, summary="Whether the process should live", responses=state, response_class=Response)
+    def state(key: str) -> dict[int | str, dict[str, Any]]:
+        content = {"application/json": {"schema": {"type": "object", "required": [key]}, "example": {key: True}}}
+        return {200: {"content": content}, 503: {"description": "No.", "content": content}}
+
+    def said(good: bool, **content: Any) -> Response:
+        # The status is the protocol's word; the body is KServe's, whose client reads it.
+        return Response(json.dumps(content), 200 if good else 503, media_type="application/json")
+
+    @app.get("/v2/health/live", tags=tags, summary="Whether the process should live", responses=state("live"))
     async def live() -> Response:
-        return Response(status_code=200 if server.healthy() else 503)
+        return said(server.healthy(), live=server.healthy())
 
-    @app.get("/v2/health/ready", tags=tags, summary="Whether requests are wanted", responses=state, response_class=Response)
+    @app.get("/v2/health/ready", tags=tags, summary="Whether requests are wanted", responses=state("ready"))
     async def ready() -> Response:
-        return Response(status_code=200 if server.ready() else 503)
+        return said(server.ready(), ready=server.ready())
 
-    @app.get(
-        "/v2/models/{model}/ready",
-        tags=tags,
-        summary="Whether a model is ready",
-        responses={**state, **unknown},
-        response_class=Response,
-    )
+    @app.get("/v2/models/{model}/ready", tags=tags, summary="Whether a model is ready", responses={**state("ready"), **unknown})
     async def model_ready(model: str) -> Response:
-        return Response(status_code=200 if server.service(model).state == "ready" and not server.draining else 503)
+        good = server.service(model).state == "ready" and not server.draining
+        return said(good, name=model, ready=good)
 
     @app.get("/v2/models/{model}", tags=tags, summary="A model's inputs and outputs", responses=unknown)
     async def model_metadata(model: str) -> dict[str, Any]:
