@@ -19,14 +19,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-
-from .serve_work import Work
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,6 +58,16 @@ class Peer:
                 if time.monotonic() > end or self._process.poll() is not None:
                     raise RuntimeError(f"{name} did not start, see {self._log.name}") from error
                 time.sleep(0.5)
+
+    def used(self) -> float:
+        """Seconds of processor time that all its processes have had."""
+        ticks = 0
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = file.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self._process.pid:
+                    ticks += sum(map(int, fields[11:15]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
@@ -152,16 +161,41 @@ async def paced(peer: Peer, rate: float, seconds: float, poisson: bool) -> list[
     return times
 
 
-def bare(work: Work, data: bytes, batch: int, count: int) -> list[float]:
-    """Seconds per call of decode, explain and encode, ``batch`` pictures a call, with nothing around it."""
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        maps = work.explain(torch.stack([work.decode(data) for _ in range(batch)]))
-        for one in maps:
-            work.encode(one[None])
-        times.append(time.perf_counter() - start)
-    return times
+class Bare:
+    """The bare loop, in a process and a session of its own.
+
+    Attributes:
+        used, images: seconds of processor time so far, and of how many images.
+    """
+
+    used, images = 0.0, 0
+
+    def __init__(self, data: bytes) -> None:
+        self._file = tempfile.NamedTemporaryFile(suffix=".jpg")  # noqa: SIM115 - the process reads it
+        self._file.write(data)
+        self._file.flush()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.serve_work"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def __call__(self, batch: int, count: int) -> list[float]:
+        """Seconds of each of ``count`` calls with ``batch`` pictures; adds to ``used`` and ``images``."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{self._file.name} {batch} {count}\n")
+        self._process.stdin.flush()
+        found, used = json.loads(self._process.stdout.readline())
+        self.used, self.images = self.used + used, self.images + batch * count
+        return list(found)
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.communicate()
+        self._file.close()
 
 
 def at(times: list[float], share: float) -> float:
@@ -172,36 +206,41 @@ def at(times: list[float], share: float) -> float:
 LOADS = ("alone", "half", "half_poisson", "full")
 
 
-def measure(peers: list[Peer], work: Work, data: bytes, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(peers: list[Peer], bare: Bare, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Rounds of every server between two measurements of the bare call.
 
     Returns:
         per server: percentiles over all rounds, in milliseconds, and as ratios to those of the bare calls beside them; images a
-        second at saturation over those of the bare batched loop, the median of the rounds.
+        second at saturation over those of the bare batched loop, the median of the rounds; and processor time per image, over
+        that of the bare loop, which a busy machine disturbs less.
     """
     samples: dict[str, dict[str, list[float]]] = {p.name: {name: [] for name in ("bare", *LOADS)} for p in peers}
     speeds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    work: dict[str, list[float]] = {peer.name: [] for peer in peers}
     for peer in peers:
         asyncio.run(closed(peer, 4, 1.0))  # warm
-    count = max(10, int(seconds / 0.04))
-    bare(work, data, 1, 5)
+    count = max(10, int(seconds / 0.1))
+    bare(1, 5)
     for number in range(rounds):
         for peer in peers[number % len(peers) :] + peers[: number % len(peers)]:
             mine = samples[peer.name]
-            mine["bare"] += bare(work, data, 1, count)
-            before = bare(work, data, batch, count // batch)
-            rate, _ = asyncio.run(closed(peer, 16, seconds))
-            after = bare(work, data, batch, count // batch)
+            mine["bare"] += bare(1, count)
+            before = bare(batch, count // batch)
+            used = peer.used()
+            rate, answered = asyncio.run(closed(peer, 16, seconds))
+            work[peer.name].append((peer.used() - used) / len(answered))
+            after = bare(batch, count // batch)
             speeds[peer.name].append(rate * (sum(before) + sum(after)) / (batch * (len(before) + len(after))))
             mine["alone"] += asyncio.run(closed(peer, 1, seconds))[1]
             mine["half"] += asyncio.run(paced(peer, rate / 2, seconds, False))
             mine["half_poisson"] += asyncio.run(paced(peer, rate / 2, seconds, True))
             mine["full"] += asyncio.run(paced(peer, rate, seconds, False))
-            mine["bare"] += bare(work, data, 1, count)
+            mine["bare"] += bare(1, count)
             print(f"round {number}, {peer.name}: saturation {speeds[peer.name][-1]:.2f}", flush=True)
     found: dict[str, Any] = {}
     for name, mine in samples.items():
         row: dict[str, Any] = {
+            "processor_time": round(median(work[name]) / (bare.used / bare.images), 2),
             "saturation": round(median(speeds[name]), 3),
             "saturation_rounds": [round(s, 3) for s in speeds[name]],
         }
@@ -234,7 +273,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="most images of a batch, everywhere; on a CPU 1 is best")
     parser.add_argument("--peers", default="litserve,ray", help="names with commas between, or nothing")
     told = parser.parse_args()
-    data, work = picture(), Work()
+    data = picture()
+    bare = Bare(data)
     ours = free_port()
     command = [sys.executable, "-c", "from shapleycam.cli import main; main()", "serve"]
     command += ["--port", str(ours), "--max-batch", str(told.batch), "--log-level", "warning"]
@@ -250,12 +290,13 @@ def main() -> None:
                 run = [sys.executable, "-m", f"bench.serve_{name}", str(port), str(told.batch)]
                 others = [Peer(name, run, port, form(data, "/predict", "request"))]
             try:
-                results[name or "alone"] = measure([mine, *others], work, data, told.batch, told.rounds, told.seconds)
+                results[name or "alone"] = measure([mine, *others], bare, told.batch, told.rounds, told.seconds)
             finally:
                 for other in others:
                     other.stop()
     finally:
         mine.stop()
+        bare.stop()
     content = {
         "command": "python -m bench.serve " + " ".join(sys.argv[1:]),
         "machine": processor(),
