@@ -49,7 +49,7 @@ class Work:
 
 
 def bare(work: Work, data: bytes, batch: int, count: int) -> tuple[list[float], float]:
-    """Decode, explain and encode, ``batch`` pictures a call, and nothing else: (seconds of each call, processor time of all)."""
+    """Decode, explain and encode, ``batch`` pictures a call, alone: (seconds of each call, processor time of all)."""
     times, used = [], time.process_time()
     for _ in range(count):
         start = time.perf_counter()

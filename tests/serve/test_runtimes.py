@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 from pathlib import Path
 
 import httpx
@@ -16,6 +18,8 @@ from shapleycam import Explainer, ShapleyCamError
 from shapleycam.images import Preprocess
 from shapleycam.serve import ExplainerRuntime, OnnxRuntime, Question, Runtime, Service
 from shapleycam.serve.config import ModelConfig
+from shapleycam.serve.run import load_runtime
+from shapleycam.serve.triton import write_repository
 
 from .tiny import CLASSES, PREPROCESS, SIDE, classifier, encoded, known, live, pixels
 
@@ -43,7 +47,7 @@ def write(file: Path, targets: str, outputs: list[str], size: str = "image") -> 
     return str(file)
 
 
-ALL = ["prediction", "target_class", "raw", "saliency_map"]
+ALL = ["prediction", "target_class", "raw_map", "saliency_map"]
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +113,38 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, file: str) -> None:
     onnx.save(other, tmp_path / "other.onnx")
     with pytest.raises(ShapleyCamError, match="expected 'image'"):
         OnnxRuntime(str(tmp_path / "other.onnx"), PREPROCESS)
-    with pytest.raises(ShapleyCamError, match="preprocessing makes"):
+    with pytest.raises(ShapleyCamError, match="prepares pictures itself"):
         OnnxRuntime(file, Preprocess((64, 64), 64))
+    with pytest.raises(ShapleyCamError, match="does not say how pictures"):
+        OnnxRuntime(file)
+    for text, words in (("no json", "no JSON"), (json.dumps({"preprocess": {"colour": 3}}), "not known")):
+        described = onnx.load(file)
+        described.metadata_props.add(key="shapleycam", value=text)
+        onnx.save(described, tmp_path / "described.onnx")
+        with pytest.raises(ShapleyCamError, match=words):
+            OnnxRuntime(str(tmp_path / "described.onnx"))
+
+
+def test_a_file_that_describes_itself_needs_nothing_else(file: str, tmp_path: Path) -> None:
+    described = onnx.load(file)
+    about = {
+        "preprocess": dataclasses.asdict(PREPROCESS),
+        "classes": [f"thing {n}" for n in range(CLASSES)],
+        "layer": ["features"],
+        "method": "shapleycam",
+        "utility": "rest",
+        "engine": "closed_form",
+        "maps": "image",
+    }
+    described.metadata_props.add(key="shapleycam", value=json.dumps(about))
+    onnx.save(described, tmp_path / "described.onnx")
+    runtime = load_runtime(ModelConfig(runtime="onnx", file=str(tmp_path / "described.onnx")))
+    with Service(runtime, max_batch=1) as service:
+        answer = service.explain(known(0).data)
+    assert answer.made == {
+        "method": "shapleycam", "utility": "rest", "engine": "closed_form", "backend": "onnxruntime", "layer": "features"
+    }  # fmt: skip
+    assert runtime.classes[3] == ("thing 3",) and torch.allclose(answer.raw[0], known(0).raw, rtol=1e-3, atol=1e-4)
 
 
 def test_a_runtime_of_ones_own() -> None:
@@ -161,3 +195,22 @@ def test_tensors_are_taken_and_wrong_ones_refused() -> None:
             service.explain(PREPROCESS.normalise(one.view)).overlay()
         with pytest.raises(ShapleyCamError, match="at least one image"):
             service.submit([])
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_a_repository_for_triton_is_what_triton_reads(file: str, tmp_path: Path, devices: int) -> None:
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    config = write_repository(file, tmp_path, "cams", max_batch=16, devices=devices)
+    told = text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())  # Triton's own definition
+    assert (told.name, told.platform, told.max_batch_size) == ("cams", "onnxruntime_onnx", 16)
+    inputs = {one.name: (one.data_type, list(one.dims), one.HasField("reshape")) for one in told.input}
+    assert inputs["image"] == (model_config_pb2.TYPE_FP32, [3, SIDE, SIDE], False)
+    assert inputs["target"] == (model_config_pb2.TYPE_INT64, [1], True)
+    outputs = {one.name: list(one.dims) for one in told.output}
+    assert outputs == {"prediction": [CLASSES], "target_class": [1], "raw_map": [8, 8], "saliency_map": [SIDE, SIDE]}
+    assert told.HasField("dynamic_batching") and list(told.instance_group[0].gpus) == list(range(devices))
+    assert (tmp_path / "cams" / "1" / "model.onnx").read_bytes() == Path(file).read_bytes()
+    with pytest.raises(ShapleyCamError, match="there already"):
+        write_repository(file, tmp_path, "cams")

@@ -354,8 +354,9 @@ def serve(
     layer: Annotated[str | None, typer.Option(help="Target layer, such as layer4.2.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, cuda, triton, native or torch.")] = None,
-    runtime: Annotated[str | None, typer.Option(help="explainer, or onnx for --file.")] = None,
-    file: Annotated[Path | None, typer.Option(help="An exported ONNX program; --model gives its preprocessing.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="An exported ONNX program, run by ONNX Runtime, in the place of --model.")
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images of a batch; measured at the start if not given.")] = None,
     queue: Annotated[int | None, typer.Option(min=1, help="Requests admitted and not answered; 64 if not given.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,
@@ -378,7 +379,6 @@ def serve(
         "layer": layer,
         "device": device,
         "backend": backend,
-        "runtime": runtime,
         "file": None if file is None else str(file),
         "max_batch": max_batch,
         "queue": queue,

@@ -34,6 +34,8 @@ def configuration(
     if config is not None and model:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in model)
         raise InputError(f"{names} and --config exclude each other: models are named in the file.")
+    if "file" in model:
+        model = {"runtime": "onnx", **model}
     told = read_config(config) if config is not None else ServerConfig(models={"default": ModelConfig(**model)})
     if host is not None:
         told = replace(told, host=host)

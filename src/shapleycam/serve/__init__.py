@@ -1,8 +1,9 @@
 """The explanation service: a batcher, a service around it, and the HTTP server over both (``shapleycam serve``)."""
 
 from .batching import Batcher, BatcherError, DeadlinePassed, OutOfMemory, Overloaded, Slot, Stopped, Watch, tune
+from .onnx_runtime import OnnxRuntime
 from .pictures import BadImage
-from .runtime import ExplainerRuntime, Maps, OnnxRuntime, Question, Runtime
+from .runtime import ExplainerRuntime, Maps, Question, Runtime
 from .service import Answer, Service
 
 __all__ = [

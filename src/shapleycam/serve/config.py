@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from ..model.zoo import DEFAULT_MODEL
 from .pictures import FORMATS
 
 C = TypeVar("C")
@@ -70,9 +69,10 @@ class ModelConfig:
 
     Attributes:
         model, weights, classes: as for ``shapleycam explain``.
-        runtime: "explainer"; or "onnx" for ``file``, whose pictures are prepared as those of ``model`` are, which then gives
-            nothing but preprocessing and class names.
-        file: the ONNX file.
+            The demo's network where no model is named.
+        runtime: "explainer"; or "onnx" for ``file``. A file that does not say how its pictures are prepared needs ``model``,
+            which then gives nothing but preprocessing and class names.
+        file: the ONNX file, as ``shapleycam export`` writes it.
         layer, baseline, backend, nodes: of the explainer.
         device: "auto", "cpu", "cuda", …
         methods, utilities, engines: what clients may ask for, the default first; None for all that cost about a prediction.
@@ -82,7 +82,7 @@ class ModelConfig:
         decoders: threads that decode and draw.
     """
 
-    model: str = DEFAULT_MODEL
+    model: str | None = None
     weights: str | None = None
     classes: str | None = None
     runtime: str = "explainer"

@@ -13,11 +13,12 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..errors import InputError
-from ..model.zoo import Classifier, load_classifier
+from ..model.zoo import DEFAULT_MODEL, load_classifier
 from .app import create_app
 from .config import ModelConfig, ServerConfig
 from .logs import log
-from .runtime import ExplainerRuntime, OnnxRuntime, Runtime
+from .onnx_runtime import OnnxRuntime
+from .runtime import ExplainerRuntime, Runtime
 from .server import Server
 
 #: Exit statuses of the command besides 0.
@@ -37,7 +38,7 @@ def load_runtime(told: ModelConfig) -> Runtime:
             raise InputError("file is for runtime 'onnx'; the explainer's weights are weights=.")
         options: dict[str, Any] = {} if told.nodes is None else {"nodes": told.nodes}
         return ExplainerRuntime(
-            load_classifier(told.model, weights=told.weights, classes=told.classes, device=device),
+            load_classifier(told.model or DEFAULT_MODEL, weights=told.weights, classes=told.classes, device=device),
             layer=told.layer,
             methods=told.methods,
             utilities=told.utilities,
@@ -49,8 +50,10 @@ def load_runtime(told: ModelConfig) -> Runtime:
     if told.runtime == "onnx":
         if told.file is None:
             raise InputError("runtime 'onnx' needs file: the program that shapleycam's exporter wrote.")
-        classifier: Classifier = load_classifier(told.model, weights=told.weights, classes=told.classes)
         providers = ["CPUExecutionProvider"] if device.type == "cpu" else None
+        if told.model is None:
+            return OnnxRuntime(told.file, providers=providers)
+        classifier = load_classifier(told.model, weights=told.weights, classes=told.classes)
         return OnnxRuntime(told.file, classifier.preprocess, classifier.classes, providers=providers)
     raise InputError(f"Unknown runtime {told.runtime!r}: expected 'explainer' or 'onnx'.")
 
