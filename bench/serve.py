@@ -254,6 +254,30 @@ def measure(peers: list[Peer], bare: Bare, batch: int, rounds: int, seconds: flo
     return found
 
 
+#: The rows of the page's table: what, and under which key.
+ROWS = {
+    "processor time per image": "processor_time",
+    "images a second at saturation, over the bare batched loop": "saturation",
+    "one client, p50": "alone_p50",
+    "one client, p99": "alone_p99",
+    "half of that, evenly spaced, p50": "half_p50",
+    "half of that, evenly spaced, p99": "half_p99",
+    "half of that, at random, p99": "half_poisson_p99",
+    "all of that, evenly spaced, p50": "full_p50",
+    "all of that, evenly spaced, p99": "full_p99",
+}
+
+
+def table(content: dict[str, Any]) -> str:
+    """The result as docs/production.md has it: ratios to the bare call."""
+    columns = {"shapleycam serve": content["beside"]["litserve"]["shapleycam"]}
+    columns |= {"LitServe": content["beside"]["litserve"]["litserve"]}
+    columns |= {"shapleycam serve, again": content["beside"]["ray"]["shapleycam"], "Ray Serve": content["beside"]["ray"]["ray"]}
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    lines += [f"| {what} | {' | '.join(f'{one[key]:.2f}' for one in columns.values())} |" for what, key in ROWS.items()]
+    return "\n".join(lines)
+
+
 def processor() -> str:
     """Its name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -272,7 +296,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="per load, server and round")
     parser.add_argument("--batch", type=int, default=1, help="most images of a batch, everywhere; on a CPU 1 is best")
     parser.add_argument("--peers", default="litserve,ray", help="names with commas between, or nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of the last result, and end")
     told = parser.parse_args()
+    if told.table:
+        print(table(json.loads((RESULTS / "serve-cpu.json").read_text())))
+        return
     data = picture()
     bare = Bare(data)
     ours = free_port()

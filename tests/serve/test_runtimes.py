@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import httpx
@@ -14,13 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from shapleycam import Explainer, ShapleyCamError
+from shapleycam import Explainer, ShapleyCamError, ShapleyCamWarning
 from shapleycam.images import Preprocess
-from shapleycam.serve import ExplainerRuntime, OnnxRuntime, Question, Runtime, Service
+from shapleycam.ops.backends import LADDER
+from shapleycam.serve import ExplainerRuntime, OnnxRuntime, Question, Runtime, Service, Stopped
 from shapleycam.serve.config import ModelConfig
 from shapleycam.serve.run import load_runtime
 from shapleycam.serve.triton import write_repository
 
+from ..ops.test_checking import Spoiled
 from .tiny import CLASSES, PREPROCESS, SIDE, classifier, encoded, known, live, pixels
 
 
@@ -214,3 +217,20 @@ def test_a_repository_for_triton_is_what_triton_reads(file: str, tmp_path: Path,
     assert (tmp_path / "cams" / "1" / "model.onnx").read_bytes() == Path(file).read_bytes()
     with pytest.raises(ShapleyCamError, match="there already"):
         write_repository(file, tmp_path, "cams")
+
+
+def test_a_wrong_kernel_is_replaced_counted_and_told() -> None:
+    one = known(1)
+    spoiled = Spoiled(lambda x: x + 0.5)
+    with LADDER.holding(spoiled), pytest.warns(ShapleyCamWarning, match="serves .* no more"):
+        with live(ExplainerRuntime(classifier(), check=1.0)) as found:
+            answer = httpx.post(f"{found.url}/v1/explain?return=raw", content=one.data, verify=False)
+            assert numpy.allclose(numpy.load(io.BytesIO(answer.content)), one.raw[None], rtol=1e-4, atol=1e-6)
+            told = httpx.get(f"{found.url}/metrics", verify=False).text
+            count = float(re.search(r'shapleycam_kernel_mismatches\{model="tiny"\} (\S+)', told)[1])
+            assert count == found.server.services["tiny"].runtime.mismatches >= 1
+    with LADDER.holding(Spoiled(lambda x: x + 0.5)):
+        runtime = ExplainerRuntime(classifier(), check=1.0, on_mismatch="raise")
+        with pytest.raises(Stopped, match="computed .* wrong"):
+            Service(runtime, max_batch=1).start()  # warming up finds it
+        assert runtime.mismatches == 1

@@ -76,6 +76,8 @@ class ModelConfig:
         layer, baseline, backend, nodes: of the explainer.
         device: "auto", "cpu", "cuda", …
         methods, utilities, engines: what clients may ask for, the default first; None for all that cost about a prediction.
+        check: the fraction of the calls of fused operators that are compared with the reference; a wrong one is replaced by it,
+            logged and counted.
         max_batch: most images of a batch; None measures at the start.
         queue: most requests admitted and not answered.
         wait: seconds that a batch waits for more.
@@ -95,6 +97,7 @@ class ModelConfig:
     methods: tuple[str, ...] | None = None
     utilities: tuple[str, ...] | None = None
     engines: tuple[str, ...] | None = None
+    check: float | None = None
     max_batch: int | None = None
     queue: int = 64
     wait: float = 0.0

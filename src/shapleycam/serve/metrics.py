@@ -48,8 +48,8 @@ class Metrics:
         """The exposition and its content type."""
         return self._prometheus.generate_latest(self.registry), self._prometheus.CONTENT_TYPE_LATEST
 
-    def follow(self, ready: Callable[[], bool], queues: Callable[[], Iterable[tuple[str, int, int, int]]]) -> None:
-        """Read readiness, and (model, held, capacity, max_batch) of every queue, whenever the metrics are read."""
+    def follow(self, ready: Callable[[], bool], queues: Callable[[], Iterable[tuple[str, int, int, int, int]]]) -> None:
+        """Read readiness, and (model, held, capacity, max_batch, mismatches) of every one, whenever the metrics are read."""
         self._ready.set_function(lambda: float(ready()))
         core = need("prometheus_client.core", "serve")
 
@@ -61,6 +61,7 @@ class Metrics:
                         ("queue_requests", "Requests admitted and not answered"),
                         ("queue_capacity", "Most requests admitted"),
                         ("max_batch", "Most images of a batch"),
+                        ("kernel_mismatches", "Fused operators that were checked and were wrong"),
                     )
                 ]
                 for model, *values in queues():

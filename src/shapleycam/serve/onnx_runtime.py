@@ -37,6 +37,7 @@ class OnnxRuntime:
     """
 
     gap = False
+    mismatches = 0
 
     def __init__(
         self,

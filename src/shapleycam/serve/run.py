@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -45,6 +46,7 @@ def load_runtime(told: ModelConfig) -> Runtime:
             engines=told.engines,
             baseline=told.baseline,
             backend=told.backend,
+            check=told.check,
             **options,
         )
     if told.runtime == "onnx":
@@ -94,7 +96,7 @@ def serve(config: ServerConfig) -> int:
     except SystemExit as error:  # uvicorn's, when the address cannot be had
         raise InputError(f"The server cannot listen on {config.host}:{config.port}.") from error
     finally:
-        finished = server.stop(config.grace)
+        finished = server.stop(ended.left())
     status = DIED if ended.death else 0 if finished else UNFINISHED
     log("stopped", status=status)
     return status
@@ -128,6 +130,7 @@ class _End:
         self.uvicorn: uvicorn.Server | None = None
         self.death: BaseException | None = None
         self._timer: threading.Timer | None = None
+        self._until: float | None = None
 
     def died(self, error: BaseException) -> None:
         """A model's thread has: nothing can be answered any more."""
@@ -146,7 +149,12 @@ class _End:
             self._timer.daemon = True
             self._timer.start()
 
+    def left(self) -> float:
+        """Seconds of the grace time that are left."""
+        return self._config.grace if self._until is None else max(0.0, self._until - time.monotonic())
+
     def _stop(self) -> None:
+        self._until = time.monotonic() + self._config.grace
         if self.uvicorn is not None:
             self.uvicorn.should_exit = True
 

@@ -5,16 +5,18 @@ A runtime is called from one thread. Its maps are in host memory when it returns
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..data.images import Preprocess
 from ..derivatives import ENGINES
-from ..errors import InputError, TargetError
+from ..errors import InputError, KernelMismatch, TargetError
 from ..explainer import Explainer
 from ..explanation import Diagnostics, Explanation
 from ..methods.table import METHODS
@@ -85,6 +87,7 @@ class Runtime(Protocol):
         methods, utilities, engines: what may be asked for, the default first.
         device: where it runs, in words.
         gap: whether it has the completeness gap.
+        mismatches: how often a fused operator was checked and was wrong.
     """
 
     preprocess: Preprocess
@@ -95,6 +98,7 @@ class Runtime(Protocol):
     engines: Sequence[str]
     device: str
     gap: bool
+    mismatches: int
 
     def explain(self, images: Tensor, question: Question, targets: Tensor | None) -> Maps:
         """Explain a batch.
@@ -119,6 +123,8 @@ class ExplainerRuntime:
         layer: as for :class:`shapleycam.Explainer`, one layer.
         methods, utilities, engines: what clients may ask for, the default first. By default all, but the methods that ask the
             model once per channel (:data:`COSTLY`).
+        check, on_mismatch: compare the fused operators with the reference, all calls or a fraction of them; see
+            :class:`shapleycam.ops.checking`.
         options: further arguments of the explainers (``nodes`` goes to those of engine "quadrature" only).
 
     Raises:
@@ -135,6 +141,8 @@ class ExplainerRuntime:
         methods: Sequence[str] | None = None,
         utilities: Sequence[str] | None = None,
         engines: Sequence[str] | None = None,
+        check: float | None = None,
+        on_mismatch: ops.OnMismatch = "fallback",
         **options: Any,
     ) -> None:
         if isinstance(layer, (list, tuple)) and len(layer) != 1:
@@ -151,6 +159,8 @@ class ExplainerRuntime:
         self._where = next((p.device for p in classifier.model.parameters()), torch.device("cpu"))
         self.device = str(self._where)
         self._layer, self._options = layer, options
+        self._checking = None if check is None else ops.checking(check, on_mismatch)
+        self.mismatches = 0
         self._explainers: dict[tuple[str, str, str], Explainer] = {}
 
     def _explainer(self, question: Question) -> Explainer:
@@ -179,7 +189,8 @@ class ExplainerRuntime:
             targets = logits.topk(question.topk, 1).indices
         several = targets is not None and targets.shape[1] > 1
         chosen = None if targets is None else targets.to(self._where) if several else targets[:, 0].to(self._where)
-        found = explainer(images, chosen, with_gap=question.gap and explainer.method.order > 0)
+        with self._counted():
+            found = explainer(images, chosen, with_gap=question.gap and explainer.method.order > 0)
         if found.logits is None or found.targets is None:
             raise InputError("The server explains classifiers, whose logits are [N, K].")
         how = found.diagnostics
@@ -201,6 +212,21 @@ class ExplainerRuntime:
             gap=None if found.gap is None else wide(found.gap).float().cpu(),
             made=made,
         )
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Checking as it was asked for, and its findings counted."""
+        if self._checking is None:
+            yield
+            return
+        before = len(self._checking.distrusted)
+        try:
+            with self._checking:
+                yield
+        except KernelMismatch:
+            self.mismatches += 1
+            raise
+        self.mismatches += len(self._checking.distrusted) - before
 
     def predict(self, images: Tensor) -> Maps:
         """See :class:`Runtime`."""

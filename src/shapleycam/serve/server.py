@@ -46,7 +46,9 @@ class Server:
         self._drawers = ThreadPoolExecutor(2, thread_name_prefix="shapleycam-draw")
         self.metrics.follow(
             self.ready,
-            lambda: [(name, one.held, one.capacity, one.max_batch) for name, one in self.services.items()],
+            lambda: [
+                (name, one.held, one.capacity, one.max_batch, one.runtime.mismatches) for name, one in self.services.items()
+            ],
         )
 
     def _service(self, name: str, runtime: Runtime, on_death: Callable[[BaseException], None] | None) -> Service:
