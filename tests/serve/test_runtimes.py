@@ -18,7 +18,7 @@ from torch import nn
 from shapleycam import Explainer, ShapleyCamError, ShapleyCamWarning
 from shapleycam.images import Preprocess
 from shapleycam.ops.backends import LADDER
-from shapleycam.serve import ExplainerRuntime, OnnxRuntime, Question, Runtime, Service, Stopped
+from shapleycam.serve import ExplainerRuntime, OnnxRuntime, ProgramRuntime, Question, Runtime, Service, Stopped
 from shapleycam.serve.config import ModelConfig
 from shapleycam.serve.run import load_runtime
 from shapleycam.serve.triton import write_repository
@@ -105,6 +105,29 @@ def test_a_program_without_raw_maps_serves_heatmaps(tmp_path: Path) -> None:
             refused = httpx.post(f"{url}?{query}", content=one.data, verify=False)
             assert refused.status_code == 422 and words in refused.text
         assert httpx.post(url, content=one.data, verify=False).status_code == 200
+
+
+@pytest.mark.parametrize("way", ["program", "captured", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_the_same_answers_from_a_program(way: str) -> None:
+    bare = dataclasses.replace(classifier(), model=Bare().eval())
+    images = [encoded(pixels(seed)) for seed in range(5)]
+    questions = [Question(), Question(topk=3), Question(targets=(4,)), Question(targets=(5, 0, 2)), Question(explain=False)]
+    runtime = ProgramRuntime(bare, way)
+    assert isinstance(runtime, Runtime)
+    with Service(runtime, max_batch=4) as program, Service(ExplainerRuntime(bare), max_batch=4) as eager:
+        for question in questions:
+            pairs = [[future.result(60) for future in one.submit(images, question)] for one in (program, eager)]
+            for mine, expected in zip(*pairs, strict=True):
+                assert torch.allclose(mine.logits, expected.logits, rtol=1e-4, atol=1e-4)
+                if question.explain:
+                    assert mine.targets == expected.targets and mine.made["engine"] == expected.made["engine"]
+                    assert torch.allclose(mine.raw, expected.raw, rtol=1e-3, atol=1e-4)
+        with pytest.raises(ShapleyCamError, match="no completeness gap"):
+            program.explain(images[0], Question(gap=True))
+        with pytest.raises(ShapleyCamError, match="not served"):
+            program.explain(images[0], Question(method="gradcam"))
+    with pytest.raises(ShapleyCamError, match="one of program"):
+        ProgramRuntime(bare, "fast")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, file: str) -> None:

@@ -354,6 +354,9 @@ def serve(
     layer: Annotated[str | None, typer.Option(help="Target layer, such as layer4.2.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, cuda, triton, native or torch.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="explainer; program, compiled or captured, which have one method; or onnx.")
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="An exported ONNX program, run by ONNX Runtime, in the place of --model.")
     ] = None,
@@ -379,6 +382,7 @@ def serve(
         "layer": layer,
         "device": device,
         "backend": backend,
+        "runtime": runtime,
         "file": None if file is None else str(file),
         "max_batch": max_batch,
         "queue": queue,

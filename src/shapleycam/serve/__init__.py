@@ -3,6 +3,7 @@
 from .batching import Batcher, BatcherError, DeadlinePassed, OutOfMemory, Overloaded, Slot, Stopped, Watch, tune
 from .onnx_runtime import OnnxRuntime
 from .pictures import BadImage
+from .program_runtime import ProgramRuntime
 from .runtime import ExplainerRuntime, Maps, Question, Runtime
 from .service import Answer, Service
 
@@ -17,6 +18,7 @@ __all__ = [
     "OnnxRuntime",
     "OutOfMemory",
     "Overloaded",
+    "ProgramRuntime",
     "Question",
     "Runtime",
     "Service",

@@ -19,6 +19,7 @@ from .app import create_app
 from .config import ModelConfig, ServerConfig
 from .logs import log
 from .onnx_runtime import OnnxRuntime
+from .program_runtime import WAYS, ProgramRuntime
 from .runtime import ExplainerRuntime, Runtime
 from .server import Server
 
@@ -49,6 +50,15 @@ def load_runtime(told: ModelConfig) -> Runtime:
             check=told.check,
             **options,
         )
+    if told.runtime in WAYS:
+        if told.check is not None or told.file is not None:
+            raise InputError("check and file are not for programs: check= compares the operators of the explainer.")
+        loaded = load_classifier(told.model or DEFAULT_MODEL, weights=told.weights, classes=told.classes, device=device)
+        first = {"method": told.methods, "utility": told.utilities, "engine": told.engines}
+        names: dict[str, Any] = {name: values[0] for name, values in first.items() if values}
+        if told.nodes is not None:
+            names["nodes"] = told.nodes
+        return ProgramRuntime(loaded, told.runtime, layer=told.layer, baseline=told.baseline, **names)
     if told.runtime == "onnx":
         if told.file is None:
             raise InputError("runtime 'onnx' needs file: the program that shapleycam's exporter wrote.")
@@ -57,7 +67,7 @@ def load_runtime(told: ModelConfig) -> Runtime:
             return OnnxRuntime(told.file, providers=providers)
         classifier = load_classifier(told.model, weights=told.weights, classes=told.classes)
         return OnnxRuntime(told.file, classifier.preprocess, classifier.classes, providers=providers)
-    raise InputError(f"Unknown runtime {told.runtime!r}: expected 'explainer' or 'onnx'.")
+    raise InputError(f"Unknown runtime {told.runtime!r}: expected 'explainer', {', '.join(map(repr, WAYS))} or 'onnx'.")
 
 
 def pick_device(name: str) -> torch.device:
