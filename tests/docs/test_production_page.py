@@ -71,6 +71,23 @@ def test_addresses_in_the_page_are_those_of_the_server() -> None:
     assert named == query
 
 
+def test_the_figures_are_those_of_the_file() -> None:
+    from bench.serve import table
+
+    content = json.loads((ROOT / "bench" / "results" / "serve-cpu.json").read_text())
+    assert table(content) in TEXT
+    text = " ".join(TEXT.split())
+    ours = [content["beside"][peer]["shapleycam"]["processor_time"] for peer in ("litserve", "ray")]
+    low, high = (f"{100 * (value - 1):.0f}" for value in sorted(ours))
+    theirs = content["beside"]["ray"]["ray"]
+    assert f"adds {low} to {high} % to the bare call, Ray Serve {100 * (theirs['processor_time'] - 1):.0f} %" in text
+    assert f"come to {theirs['saturation']:.2f} of a loop" in text
+    assert f"a load average of {content['load_average'][0]:.0f} " in text
+    for peer in ("litserve", "ray"):
+        assert content["beside"][peer]["shapleycam"]["saturation"] >= 0.9
+        assert content["beside"][peer]["shapleycam"]["half_p99"] <= 2
+
+
 def test_the_recipe_for_a_fastapi_application(tiny: Any) -> None:
     from fastapi.testclient import TestClient
 
