@@ -303,7 +303,7 @@ def test_a_poisoned_batch_fails_only_the_bad_one() -> None:
         first = send(pool, found.url, images[0].data)
         until(lambda: found.server.services["tiny"].busy_for() > 0)
         futures = [send(pool, found.url, data) for data in (images[0].data, bad, images[1].data, images[2].data)]
-        until(lambda: found.server.services["tiny"].held == 5)
+        until(lambda: len(found.server.services["tiny"]._batcher._queue) == 4)  # decoded, all of them
         found.model.open.set()
         answers = [future.result() for future in futures]
         assert kind(answers[1]) == (500, "internal") and "poison" not in answers[1].text
@@ -332,7 +332,7 @@ def test_a_batch_that_does_not_fit_is_split() -> None:
         first = send(pool, found.url, images[0].data)
         until(lambda: service.busy_for() > 0)
         futures = [send(pool, found.url, image.data) for image in images]
-        until(lambda: service.held == 7)
+        until(lambda: len(service._batcher._queue) == 6)
         found.model.open.set()
         for future, image in zip(futures, images, strict=True):
             assert numpy.allclose(array(future.result()), image.raw[None], rtol=1e-4, atol=1e-6)

@@ -132,6 +132,7 @@ def test_an_idle_server_ends_at_once_and_with_zero(start: Any, number: int) -> N
     assert process.popen.wait(10) == 0 and process.group() == []
 
 
+@pytest.mark.slow
 def test_when_the_model_dies_the_process_ends_with_70(start: Any) -> None:
     process = start()
     answer = CLIENT.post(f"{process.url}/v1/explain", content=encoded(with_corner(pixels(0), KILLER)))

@@ -116,7 +116,7 @@ def test_the_same_answers_from_a_program(way: str) -> None:
     assert isinstance(runtime, Runtime)
     with Service(runtime, max_batch=4) as program, Service(ExplainerRuntime(bare), max_batch=4) as eager:
         for question in questions:
-            pairs = [[future.result(60) for future in one.submit(images, question)] for one in (program, eager)]
+            pairs = [[future.result(120) for future in one.submit(images, question)] for one in (program, eager)]
             for mine, expected in zip(*pairs, strict=True):
                 assert torch.allclose(mine.logits, expected.logits, rtol=1e-4, atol=1e-4)
                 if question.explain:

@@ -73,10 +73,17 @@ class ProgramRuntime:
         if targets is None and question.topk > 1:
             targets = self.predict(images).logits.topk(question.topk, 1).indices
         chosen = torch.full((images.shape[0], 1), -1) if targets is None else targets
-        several = chosen.shape[1] > 1
-        found = program(images, (chosen if several else chosen[:, 0]).to(self._where))
-        raw, explained = (found.raw, found.targets) if several else (found.raw[:, None], found.targets[:, None])
-        return Maps(found.logits.float().cpu(), explained.cpu(), raw=raw.float().cpu(), made=self._made)
+        count, classes = chosen.shape
+        if classes > 1 and self._way == "compiled":
+            # As many rows: another shape of the targets would be compiled while clients wait.
+            images, chosen = images.repeat_interleave(classes, 0), chosen.reshape(-1, 1)
+        found = program(images, (chosen if chosen.shape[1] > 1 else chosen[:, 0]).to(self._where))
+        return Maps(
+            found.logits[:: len(found.logits) // count].float().cpu(),
+            found.targets.reshape(count, classes).cpu(),
+            raw=found.raw.reshape(count, classes, *found.raw.shape[-2:]).float().cpu(),
+            made=self._made,
+        )
 
     def predict(self, images: Tensor) -> Maps:
         """See :class:`shapleycam.serve.Runtime`: the model itself, not compiled."""
