@@ -7,6 +7,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy
@@ -58,9 +59,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(tmp_path_factory.mktemp("onnx") / "given.onnx", "given", ALL)
 
 
-@pytest.fixture(scope="module")
-def given(file: str) -> OnnxRuntime:
-    return OnnxRuntime(file, PREPROCESS, classifier().classes, threads=1)
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def given(file: str, request: Any) -> OnnxRuntime:
+    return OnnxRuntime(file, PREPROCESS, classifier().classes, engine=request.param, threads=1)
 
 
 def test_both_are_runtimes(given: OnnxRuntime) -> None:
@@ -132,8 +133,11 @@ def test_the_same_answers_from_a_program(way: str) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, file: str) -> None:
     (tmp_path / "no.onnx").write_bytes(b"no file")
-    with pytest.raises(ShapleyCamError, match="cannot be run by ONNX Runtime"):
-        OnnxRuntime(str(tmp_path / "no.onnx"), PREPROCESS)
+    for engine, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        with pytest.raises(ShapleyCamError, match=f"cannot be run by {name}"):
+            OnnxRuntime(str(tmp_path / "no.onnx"), PREPROCESS, engine=engine)
+    with pytest.raises(ShapleyCamError, match="run by one of"):
+        OnnxRuntime(file, PREPROCESS, engine="tensorrt")
     other = onnx.load(file)
     del other.graph.output[0]
     onnx.save(other, tmp_path / "other.onnx")

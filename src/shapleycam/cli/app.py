@@ -355,11 +355,10 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, cuda, triton, native or torch.")] = None,
     runtime: Annotated[
-        str | None, typer.Option(help="explainer; program, compiled or captured, which have one method; or onnx.")
+        str | None,
+        typer.Option(help="explainer; program, compiled or captured (one method); onnx or openvino (--file)."),
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="An exported ONNX program, run by ONNX Runtime, in the place of --model.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help="An exported ONNX program, in the place of --model.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images of a batch; measured at the start if not given.")] = None,
     queue: Annotated[int | None, typer.Option(min=1, help="Requests admitted and not answered; 64 if not given.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,

@@ -71,8 +71,8 @@ class ModelConfig:
         model, weights, classes: as for ``shapleycam explain``.
             The demo's network where no model is named.
         runtime: "explainer"; "program", "compiled" or "captured" for the explainer's program, which has the first method,
-            utility and engine alone; or "onnx" for ``file``. A file that does not say how its pictures are prepared needs
-            ``model``, which then gives nothing but preprocessing and class names.
+            utility and engine alone; or "onnx" (ONNX Runtime) or "openvino" for ``file``. A file that does not say how its
+            pictures are prepared needs ``model``, which then gives nothing but preprocessing and class names.
         file: the ONNX file, as ``shapleycam export`` writes it.
         layer, baseline, backend, nodes: of the explainer.
         device: "auto", "cpu", "cuda", …

@@ -1,4 +1,4 @@
-"""ONNX Runtime for a file that holds a program: the explanation without PyTorch's computing."""
+"""A program in an ONNX file, run by ONNX Runtime or OpenVINO: the explanation without PyTorch's computing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.images import Preprocess
 from ..errors import InputError
-from ..optional import need
+from .onnx_sessions import open_session
 from .runtime import Maps, Question
 
 _RAW = ("raw_map", "raw")
@@ -28,11 +28,12 @@ class OnnxRuntime:
         file: its path.
         preprocess: how pictures become its inputs; None for what the file's metadata say.
         classes: a tuple of names per class; None for those in the metadata.
+        engine: "onnxruntime" or "openvino".
         providers: ONNX Runtime's, in order; None for those that this installation of it has.
-        threads: of one run; 0 for ONNX Runtime's choice.
+        threads: of one run; 0 for the engine's choice.
 
     Raises:
-        InputError: onnxruntime is missing, the file cannot be read, has other inputs and outputs, or does not say how pictures
+        InputError: the engine is missing, the file cannot be read, has other inputs and outputs, or does not say how pictures
             become its inputs.
     """
 
@@ -45,34 +46,28 @@ class OnnxRuntime:
         preprocess: Preprocess | None = None,
         classes: Sequence[Sequence[str]] | None = None,
         *,
+        engine: str = "onnxruntime",
         providers: Sequence[str] | None = None,
         threads: int = 0,
     ) -> None:
-        ort = need("onnxruntime", "export")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(file, options, providers=providers or ort.get_available_providers())
-        except Exception as error:  # ONNX Runtime has an error of its own per way to fail
-            raise InputError(f"{file} cannot be run by ONNX Runtime: {str(error).splitlines()[0]}") from error
-        inputs = {one.name: one for one in self._session.get_inputs()}
-        outputs = {one.name: one for one in self._session.get_outputs()}
+        self._session = open_session(file, engine, providers, threads)
+        inputs, outputs = self._session.inputs, self._session.outputs
         maps = next((name for name in ("saliency_map", *_RAW) if name in outputs), None)
         if "image" not in inputs or inputs.keys() - {"image", "target"} or "prediction" not in outputs or maps is None:
             raise InputError(
                 f"{file} has the inputs {list(inputs)} and outputs {list(outputs)}; expected 'image' (and 'target'), and "
                 "'prediction', 'saliency_map' (and 'target_class', 'raw_map')."
             )
-        about = _metadata(self._session, file)
+        about = _metadata(self._session.metadata, file)
         self.preprocess = preprocess or _preprocess(about, file)
         self.classes: Sequence[Sequence[str]] = [(str(n),) for n in about.get("classes", ())] if classes is None else classes
         shape = inputs["image"].shape
-        if inputs["image"].type != "tensor(float)" or tuple(shape[2:]) != tuple(self.preprocess.crop):
+        if inputs["image"].dtype != "float32" or tuple(shape[2:]) != tuple(self.preprocess.crop):
             raise InputError(
-                f"{file} takes {inputs['image'].type} {shape}; the server, which prepares pictures itself, has float32 "
+                f"{file} takes {inputs['image'].dtype} {list(shape)}; the server, which prepares pictures itself, has float32 "
                 f"[N, 3, {self.preprocess.crop[0]}, {self.preprocess.crop[1]}]. Export it without pixels= and resize=."
             )
-        self._fixed = shape[0] if isinstance(shape[0], int) else None
+        self._fixed = shape[0]
         self._raw = next((name for name in _RAW if name in outputs), "saliency_map" if about.get("maps") == "raw" else None)
         self._maps = self._raw or maps
         self._all = "target" not in inputs and len(outputs[self._maps].shape) == 4
@@ -83,15 +78,14 @@ class OnnxRuntime:
             "method": str(about.get("method", "shapleycam")),
             "utility": str(about.get("utility", "rest")),
             "engine": str(about.get("engine", "program")),
-            "backend": "onnxruntime",
+            "backend": engine,
             "layer": layer if isinstance(layer, str) else ", ".join(layer),
         }
-        count = outputs["prediction"].shape[1]
-        self.count = count if isinstance(count, int) else len(self.classes) or None
+        self.count = outputs["prediction"].shape[1] or len(self.classes) or None
         self.methods: Sequence[str] = (self._made["method"],)
         self.utilities: Sequence[str] = (self._made["utility"],)
         self.engines: Sequence[str] = ("auto", *({self._made["engine"]} - {"auto"}))
-        self.device = str(self._session.get_providers()[0])
+        self.device = self._session.device
 
     def explain(self, images: Tensor, question: Question, targets: Tensor | None) -> Maps:
         """See :class:`shapleycam.serve.Runtime`. Several classes of an image are as many rows of the batch.
@@ -144,9 +138,8 @@ class OnnxRuntime:
         return {name: torch.cat([torch.from_numpy(one[n]) for one in found]) for n, name in enumerate(self._names)}
 
 
-def _metadata(session: Any, file: str) -> Mapping[str, Any]:
+def _metadata(told: Mapping[str, str], file: str) -> Mapping[str, Any]:
     """What the exporter has written into the file; empty for a file of another origin."""
-    told = session.get_modelmeta().custom_metadata_map
     if "shapleycam" not in told:
         return dict(told)
     try:

@@ -59,15 +59,18 @@ def load_runtime(told: ModelConfig) -> Runtime:
         if told.nodes is not None:
             names["nodes"] = told.nodes
         return ProgramRuntime(loaded, told.runtime, layer=told.layer, baseline=told.baseline, **names)
-    if told.runtime == "onnx":
+    if told.runtime in ("onnx", "openvino"):
         if told.file is None:
-            raise InputError("runtime 'onnx' needs file: the program that shapleycam's exporter wrote.")
-        providers = ["CPUExecutionProvider"] if device.type == "cpu" else None
+            raise InputError(f"runtime {told.runtime!r} needs file: the program that shapleycam's exporter wrote.")
+        how: dict[str, Any] = {"engine": "openvino" if told.runtime == "openvino" else "onnxruntime"}
+        how["providers"] = ["CPUExecutionProvider"] if device.type == "cpu" else None
         if told.model is None:
-            return OnnxRuntime(told.file, providers=providers)
+            return OnnxRuntime(told.file, **how)
         classifier = load_classifier(told.model, weights=told.weights, classes=told.classes)
-        return OnnxRuntime(told.file, classifier.preprocess, classifier.classes, providers=providers)
-    raise InputError(f"Unknown runtime {told.runtime!r}: expected 'explainer', {', '.join(map(repr, WAYS))} or 'onnx'.")
+        return OnnxRuntime(told.file, classifier.preprocess, classifier.classes, **how)
+    raise InputError(
+        f"Unknown runtime {told.runtime!r}: expected 'explainer', {', '.join(map(repr, WAYS))}, 'onnx' or 'openvino'."
+    )
 
 
 def pick_device(name: str) -> torch.device:
