@@ -42,6 +42,8 @@ class OnnxRuntimeSession:
             self._session = ort.InferenceSession(file, options, providers=providers or ort.get_available_providers())
         except Exception as error:  # ONNX Runtime has an error of its own per way to fail
             raise InputError(f"{file} cannot be run by ONNX Runtime: {str(error).splitlines()[0]}") from error
+        self.inputs: Mapping[str, Port]
+        self.outputs: Mapping[str, Port]
         self.inputs, self.outputs = (
             {one.name: Port(one.name, _ORT.get(one.type, one.type), _shape(one.shape)) for one in ports}
             for ports in (self._session.get_inputs(), self._session.get_outputs())
@@ -67,6 +69,8 @@ class OpenVinoSession:
             told = onnx.load(file, load_external_data=False).metadata_props
         except Exception as error:  # OpenVINO's are RuntimeErrors of many lines
             raise InputError(f"{file} cannot be run by OpenVINO: {str(error).splitlines()[0]}") from error
+        self.inputs: Mapping[str, Port]
+        self.outputs: Mapping[str, Port]
         self.inputs, self.outputs = (
             {
                 port.any_name: Port(

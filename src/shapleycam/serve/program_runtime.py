@@ -77,7 +77,8 @@ class ProgramRuntime:
         if classes > 1 and self._way == "compiled":
             # As many rows: another shape of the targets would be compiled while clients wait.
             images, chosen = images.repeat_interleave(classes, 0), chosen.reshape(-1, 1)
-        found = program(images, (chosen if chosen.shape[1] > 1 else chosen[:, 0]).to(self._where))
+        # A clone, as the compiler would look at what a view is a view of, and compile again.
+        found = program(images, (chosen if chosen.shape[1] > 1 else chosen[:, 0].clone()).to(self._where))
         return Maps(
             found.logits[:: len(found.logits) // count].float().cpu(),
             found.targets.reshape(count, classes).cpu(),
@@ -108,4 +109,7 @@ class ProgramRuntime:
             "backend": self._way,
             "layer": plan.layers[0][0],
         }
+        if self._way == "compiled":
+            for rows in (example[:1].clone(), example):  # one row is compiled apart from several: both before clients come
+                self._program(rows, torch.full((len(rows),), -1, device=rows.device))
         return self._program

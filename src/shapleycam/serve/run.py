@@ -68,9 +68,8 @@ def load_runtime(told: ModelConfig) -> Runtime:
             return OnnxRuntime(told.file, **how)
         classifier = load_classifier(told.model, weights=told.weights, classes=told.classes)
         return OnnxRuntime(told.file, classifier.preprocess, classifier.classes, **how)
-    raise InputError(
-        f"Unknown runtime {told.runtime!r}: expected 'explainer', {', '.join(map(repr, WAYS))}, 'onnx' or 'openvino'."
-    )
+    known = ("explainer", *WAYS, "onnx", "openvino")
+    raise InputError(f"Unknown runtime {told.runtime!r}: expected one of {', '.join(known)}.")
 
 
 def pick_device(name: str) -> torch.device:
