@@ -133,7 +133,6 @@ def test_the_recipe_for_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_the_recipe_for_ray_serve(tmp_path: Path) -> None:
     """In a process of its own, as Ray starts others; with the tests' network."""
-    pytest.importorskip("ray.serve")
     script = tmp_path / "recipe.py"
     own = "import shapleycam.models, tests.serve.tiny\n        shapleycam.models.load_classifier = tests.serve.tiny.classifier"
     code = RAY.replace("from shapleycam.models import", f"{own}\n        from shapleycam.models import")
