@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,22 @@ def test_a_wrong_kernel_is_replaced_counted_and_told() -> None:
         with pytest.raises(Stopped, match="computed .* wrong"):
             Service(runtime, max_batch=1).start()  # warming up finds it
         assert runtime.mismatches == 1
+
+
+def test_stopping_in_a_hurry_leaves_nobody_waiting() -> None:
+    found = classifier()
+    with Service(ExplainerRuntime(found), max_batch=1, decoders=1) as service:
+        found.model.open.clear()
+        held, gate = threading.Event(), threading.Event()
+        service.pool.submit(lambda: (held.set(), gate.wait(20)))  # the decoder is busy
+        assert held.wait(10)
+        futures = service.submit([known(0).data] * 3)
+        stopped = threading.Thread(target=service.stop, args=(0.05,))
+        stopped.start()
+        stopped.join(20)
+        gate.set()
+        for future in futures:
+            with pytest.raises(Stopped):
+                future.result(10)
+        assert service.held == 0
+        found.model.open.set()

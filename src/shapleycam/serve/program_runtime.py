@@ -93,7 +93,7 @@ class ProgramRuntime:
         return Maps(logits=logits.float().cpu())
 
     def _make(self, images: Tensor) -> Callable[[Tensor, Tensor], Any]:
-        example = images if len(images) > 1 else images.expand(2, -1, -1, -1).contiguous()
+        example = images if len(images) > 1 else torch.cat((images, torch.randn_like(images)))
         explainer = self._explainer
         if self._way == "compiled":
             self._program = explainer.compile(example, targets="given", dynamic=True)

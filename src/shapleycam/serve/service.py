@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..errors import InputError, TargetError
 from ..explanation import Explanation
-from .batching import Batcher, Slot, Watch, tune
+from .batching import Batcher, Slot, Stopped, Watch
 from .pictures import FORMATS, decode
 from .runtime import Maps, Question, Runtime, as_explanation
+from .tuning import tune
 
 #: The sizes among which the start-up measurement chooses.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -180,11 +181,12 @@ class Service:
 
     def _prepare(self) -> int | None:
         height, width = self.runtime.preprocess.crop
-        image = torch.zeros(1, 3, height, width)
+        dice = torch.Generator().manual_seed(0)
         question = self.check(Question())
 
         def run(size: int) -> Maps:
-            return self.runtime.explain(image.expand(size, -1, -1, -1).contiguous(), question, None)
+            # Noise, as an explainer studies its model on the first images that it sees: on black ones all may be alike.
+            return self.runtime.explain(torch.randn(size, 3, height, width, generator=dice), question, None)
 
         self.count = run(1).logits.shape[1]
         run(1)
@@ -265,7 +267,8 @@ class Service:
             future: Future[Answer] = Future()
             outer.append(future)
             try:
-                self.pool.submit(self._decode, image, question, slot, deadline, future)
+                task = self.pool.submit(self._decode, image, question, slot, deadline, future)
+                task.add_done_callback(lambda task, slot=slot, future=future: _given_up(task, slot, future))  # type: ignore[misc]
             except RuntimeError as error:  # the pool is shut down
                 slot.release()
                 future.set_exception(error)
@@ -345,3 +348,11 @@ class Service:
         explanation = as_explanation(maps, row, size) if maps.targets is not None else None
         made: dict[str, Any] = dict(maps.made)
         return Answer(maps.logits[row], item.view, item.size, explanation, made, signed=maps.raw is not None)
+
+
+def _given_up(task: Future[None], slot: Slot[_Item, Answer], future: Future[Answer]) -> None:
+    """When the service stops before an image is decoded, somebody still waits for it."""
+    if task.cancelled():
+        slot.release()
+        if future.set_running_or_notify_cancel():
+            future.set_exception(Stopped("The server stopped before this request was served."))
