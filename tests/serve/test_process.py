@@ -142,6 +142,21 @@ def test_when_the_model_dies_the_process_ends_with_70(start: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer", "nonsense"], "No layer 'nonsense'"),
+        (["--log-level", "loud"], "log level"),
+        (["--runtime", "onnx"], "needs file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(options: list[str], words: str) -> None:
+    command = [sys.executable, "-c", "from shapleycam.cli import main; main()", "serve", "--port", "0", "--max-batch", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.slow
 def test_the_command_serves_the_demos_network(tmp_path: Path) -> None:
     import skimage
 

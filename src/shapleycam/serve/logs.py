@@ -9,6 +9,8 @@ import time
 import traceback
 from typing import Any, TextIO
 
+from ..errors import InputError
+
 LOGGER = logging.getLogger("shapleycam.serve")
 
 
@@ -33,6 +35,8 @@ class JsonLines(logging.Formatter):
 
 def set_up(level: str = "info", stream: TextIO | None = None) -> None:
     """Have this process log as JSON lines, also uvicorn and Python's warnings; a program around a server has its own way."""
+    if level not in ("debug", "info", "warning", "error"):
+        raise InputError(f"The log level is debug, info, warning or error, got {level!r}.")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())
     logging.captureWarnings(True)

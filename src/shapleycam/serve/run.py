@@ -13,7 +13,7 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ..errors import InputError
+from ..errors import InputError, ShapleyCamError
 from ..model.zoo import DEFAULT_MODEL, load_classifier
 from .app import create_app
 from .config import ModelConfig, ServerConfig
@@ -109,6 +109,8 @@ def serve(config: ServerConfig) -> int:
         raise InputError(f"The server cannot listen on {config.host}:{config.port}.") from error
     finally:
         finished = server.stop(ended.left())
+    if isinstance(ended.death, ShapleyCamError):  # a model could not be made ready: starting again would not help
+        raise ended.death
     status = DIED if ended.death else 0 if finished else UNFINISHED
     log("stopped", status=status)
     return status
