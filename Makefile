@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test long chaos quick lint format bench bench-peers parity picture ci clean
+.PHONY: help install demo test long chaos quick lint format bench bench-peers parity picture ci soak clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,8 @@ bench: $(STAMP)  ## Explanation against forward pass and pytorch-grad-cam; write
 
 bench-peers: $(STAMP)  ## pytorch-grad-cam, torch-cam and captum beside ours; resumable, writes bench/results/ and docs/peers.md
 	$(BIN)/python -m bench.peers
+soak: $(STAMP)  ## A minute of 128 clients at twice the capacity of a server
+	$(BIN)/python -m tests.serve.soak --seconds 60 --clients 128
 
 parity: $(STAMP)  ## Maps against pytorch-grad-cam's, torch-cam's and the formulas; writes docs/parity.md
 	$(BIN)/python -m bench.parity

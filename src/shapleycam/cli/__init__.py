@@ -1,4 +1,4 @@
-"""The command line: ``shapleycam explain | evaluate | demo | info``.
+"""The command line: ``shapleycam explain | evaluate | serve | demo | info``.
 
 Needs the extra ``cli`` (or ``demo``, which contains it). Everything heavy is imported by the command that needs it.
 """

@@ -465,6 +465,53 @@ def profile(
 
 
 @app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file: several models, limits, a token (docs/production.md).", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As for explain; efficientnet-lite0 if not given.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A state_dict file, or a set of torchvision's.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Target layer, such as layer4.2.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, cuda, triton, native or torch.")] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="explainer; program, compiled or captured (one method); onnx or openvino (--file)."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="An exported ONNX program, in the place of --model.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images of a batch; measured at the start if not given.")] = None,
+    queue: Annotated[int | None, typer.Option(min=1, help="Requests admitted and not answered; 64 if not given.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="8000 if not given; 0 for any.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with the bearer token that clients must send (or SHAPLEYCAM_TOKEN).")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> int:
+    """Serve explanations over HTTP: a page at /, POST /v1/explain, and the protocols of KServe, Triton and TorchServe.
+
+    Log lines (JSON) go to standard error. SIGTERM and Ctrl-C end it in order: what was admitted is answered.
+    """
+    from .serve import configuration, run_serve
+
+    given = {
+        "model": model,
+        "weights": weights,
+        "classes": None if classes is None else str(classes),
+        "layer": layer,
+        "device": device,
+        "backend": backend,
+        "runtime": runtime,
+        "file": None if file is None else str(file),
+        "max_batch": max_batch,
+        "queue": queue,
+    }
+    told = configuration(config, {k: v for k, v in given.items() if v is not None}, host, port, token_file)
+    return run_serve(told, log_level, _stderr)
+
+
+@app.command()
 def verify(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto verifies all that this machine has.")] = "auto",
     backend: Annotated[str, typer.Option(help="cuda, triton, native or torch; auto verifies all that have kernels.")] = "auto",

@@ -1,0 +1,74 @@
+"""Every way in which a request ends without an answer: its status, its kind for metrics and clients, and its words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from ..errors import InputError, ShapleyCamError
+from .batching import DeadlinePassed, OutOfMemory, Overloaded, Stopped
+from .pictures import BadImage
+
+
+class Refusal(ShapleyCamError):
+    """A request that the server does not serve.
+
+    Attributes:
+        status, kind: of the answer.
+        headers: it also has.
+    """
+
+    def __init__(self, status: int, kind: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Disconnected(ShapleyCamError):
+    """The client went away; nobody reads an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an error becomes in HTTP."""
+
+    status: int
+    kind: str
+    message: str
+    headers: dict[str, str]
+
+
+_IMAGES = {"empty": (400, "empty_image"), "format": (415, "format"), "too_large": (413, "pixels"), "damaged": (422, "damaged")}
+
+
+def verdict(error: BaseException) -> Verdict:
+    """The answer to an error; what the server did not expect says nothing about its inside."""
+    message = str(error)
+    if isinstance(error, Refusal):
+        return Verdict(error.status, error.kind, message, error.headers)
+    if isinstance(error, BadImage):
+        return Verdict(*_IMAGES[error.reason], message, {})
+    if isinstance(error, Overloaded):
+        return Verdict(503, "overloaded", message, {"retry-after": str(error.retry_after)})
+    if isinstance(error, Stopped):
+        return Verdict(503, "not_ready", message, {"retry-after": "5"})
+    if isinstance(error, DeadlinePassed):
+        return Verdict(504, "deadline", message, {})
+    if isinstance(error, OutOfMemory):
+        return Verdict(503, "out_of_memory", "One image alone does not fit the device's memory.", {})
+    if isinstance(error, InputError) or (isinstance(error, ShapleyCamError) and isinstance(error, ValueError)):
+        return Verdict(422, "invalid", message, {})
+    if isinstance(error, ShapleyCamError):
+        return Verdict(500, "model", message, {})
+    return Verdict(500, "internal", "The model failed on this request; the server's log says why.", {})
+
+
+def body_of(path: str, told: Verdict, request: str) -> bytes:
+    """An error in the words of the protocol that the path belongs to."""
+    if path.startswith(("/v1/models", "/v2")):
+        content: object = {"error": told.message}
+    elif path.startswith(("/ping", "/predictions", "/explanations")):
+        content = {"code": told.status, "type": told.kind, "message": told.message}
+    else:
+        content = {"error": {"kind": told.kind, "message": told.message, "request_id": request}}
+    return json.dumps(content).encode()

@@ -1,0 +1,243 @@
+"""The process: uvicorn with a time limit on headers, an orderly end, and an exit when a model has died."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ..errors import InputError, ShapleyCamError
+from ..model.zoo import DEFAULT_MODEL, load_classifier
+from .app import create_app
+from .config import ModelConfig, ServerConfig
+from .logs import log
+from .onnx_runtime import OnnxRuntime
+from .program_runtime import WAYS, ProgramRuntime
+from .runtime import ExplainerRuntime, Runtime
+from .server import Server
+
+#: Exit statuses of the command besides 0.
+UNFINISHED, DIED = 1, 70  # sysexits.h: EX_SOFTWARE
+_MOST_HEADERS = 65_536  # bytes
+
+
+def load_runtime(told: ModelConfig) -> Runtime:
+    """What a model's configuration describes.
+
+    Raises:
+        InputError: an unknown runtime, device or model, or a file that cannot be read.
+    """
+    device = pick_device(told.device)
+    if told.runtime == "explainer":
+        if told.file is not None:
+            raise InputError("file is for runtime 'onnx'; the explainer's weights are weights=.")
+        options: dict[str, Any] = {} if told.nodes is None else {"nodes": told.nodes}
+        return ExplainerRuntime(
+            load_classifier(told.model or DEFAULT_MODEL, weights=told.weights, classes=told.classes, device=device),
+            layer=told.layer,
+            methods=told.methods,
+            utilities=told.utilities,
+            engines=told.engines,
+            baseline=told.baseline,
+            backend=told.backend,
+            check=told.check,
+            **options,
+        )
+    if told.runtime in WAYS:
+        if told.check is not None or told.file is not None:
+            raise InputError("check and file are not for programs: check= compares the operators of the explainer.")
+        loaded = load_classifier(told.model or DEFAULT_MODEL, weights=told.weights, classes=told.classes, device=device)
+        first = {"method": told.methods, "utility": told.utilities, "engine": told.engines}
+        names: dict[str, Any] = {name: values[0] for name, values in first.items() if values}
+        if told.nodes is not None:
+            names["nodes"] = told.nodes
+        return ProgramRuntime(loaded, told.runtime, layer=told.layer, baseline=told.baseline, **names)
+    if told.runtime in ("onnx", "openvino"):
+        if told.file is None:
+            raise InputError(f"runtime {told.runtime!r} needs file: the program that shapleycam's exporter wrote.")
+        how: dict[str, Any] = {"engine": "openvino" if told.runtime == "openvino" else "onnxruntime"}
+        how["providers"] = ["CPUExecutionProvider"] if device.type == "cpu" else None
+        if told.model is None:
+            return OnnxRuntime(told.file, **how)
+        classifier = load_classifier(told.model, weights=told.weights, classes=told.classes)
+        return OnnxRuntime(told.file, classifier.preprocess, classifier.classes, **how)
+    known = ("explainer", *WAYS, "onnx", "openvino")
+    raise InputError(f"Unknown runtime {told.runtime!r}: expected one of {', '.join(known)}.")
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def serve(config: ServerConfig) -> int:
+    """Load the models, serve until SIGTERM or SIGINT, and return the exit status.
+
+    On the first signal the server is not ready any more; ``pre_stop`` seconds later it stops listening, answers what it has
+    admitted, and returns 0, or 1 if that took longer than ``grace``. A second signal skips the wait. When a model's thread
+    dies, the status is 70, so that whoever started the process starts another.
+
+    Raises:
+        ShapleyCamError: a model cannot be loaded, or the address cannot be had.
+    """
+    ended = _End(config)
+    server = Server(config, {name: load_runtime(told) for name, told in config.models.items()}, on_death=ended.died)
+    app = create_app(server, manage=False)
+    ended.server, ended.uvicorn = server, _Uvicorn(settings(app, config), ended)
+    server.start()
+    try:
+        ended.uvicorn.run()
+    except SystemExit as error:  # uvicorn's, when the address cannot be had
+        raise InputError(f"The server cannot listen on {config.host}:{config.port}.") from error
+    finally:
+        finished = server.stop(ended.left())
+    if isinstance(ended.death, ShapleyCamError):  # a model could not be made ready: starting again would not help
+        raise ended.death
+    status = DIED if ended.death else 0 if finished else UNFINISHED
+    log("stopped", status=status)
+    return status
+
+
+def settings(app: Any, config: ServerConfig) -> uvicorn.Config:
+    """Uvicorn's, for the application and the configuration's address and limits."""
+    return uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        http=type("Protocol", (TimedProtocol,), {"header_time": config.limits.header_time}),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=config.limits.connections,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(config.grace)),
+        backlog=1024,
+    )
+
+
+class _End:
+    """What ends the process, in its order."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self.server: Server | None = None
+        self.uvicorn: uvicorn.Server | None = None
+        self.death: BaseException | None = None
+        self._timer: threading.Timer | None = None
+        self._until: float | None = None
+
+    def died(self, error: BaseException) -> None:
+        """A model's thread has: nothing can be answered any more."""
+        self.death = error
+        self._stop()
+
+    def signalled(self, number: int) -> None:
+        """In the main thread: not ready from now on; the second time, at once."""
+        assert self.server is not None
+        again, self.server.draining = self.server.draining, True
+        log("signal", signal=signal.Signals(number).name, pre_stop=0 if again else self._config.pre_stop)
+        if again or self._config.pre_stop == 0:
+            self._stop()
+        else:
+            self._timer = threading.Timer(self._config.pre_stop, self._stop)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def left(self) -> float:
+        """Seconds of the grace time that are left."""
+        return self._config.grace if self._until is None else max(0.0, self._until - time.monotonic())
+
+    def _stop(self) -> None:
+        self._until = time.monotonic() + self._config.grace
+        if self.uvicorn is not None:
+            self.uvicorn.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn, whose process does not end by the signal that it was sent but by its own status."""
+
+    def __init__(self, config: uvicorn.Config, end: _End) -> None:
+        super().__init__(config)
+        self._end = end
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See uvicorn, which would raise the signal again in the end."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self._end.signalled(sig)
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Log where it listens, as a port of 0 is any."""
+        await super().startup(sockets)
+        for one in self.servers:
+            for sock in one.sockets:
+                host, port = sock.getsockname()[:2]
+                log("listening", host=host, port=port)
+
+
+class TimedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 whose headers must arrive within ``header_time`` seconds, and within 64 KiB; uvicorn itself waits for ever."""
+
+    header_time = 10.0
+    _late: asyncio.TimerHandle | None = None
+    _early = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See :class:`asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See :class:`asyncio.Protocol`."""
+        self._arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See :class:`asyncio.Protocol`."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle:
+            self._early += len(data)
+            if self._late is None:  # uvicorn's own timer between two requests ends with the first byte
+                self._expect()
+        super().data_received(data)
+        if self._late is not None and self._early > _MOST_HEADERS:
+            self._drop()
+
+    def on_headers_complete(self) -> None:
+        """See httptools."""
+        self._arrived()
+        super().on_headers_complete()
+
+    def _expect(self) -> None:
+        self._early = 0
+        self._late = self.loop.call_later(self.header_time, self._drop)
+
+    def _arrived(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _drop(self) -> None:
+        self._arrived()
+        if not self.transport.is_closing():
+            self.transport.close()
