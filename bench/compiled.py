@@ -162,8 +162,9 @@ def main() -> None:
             cases.append(found)
             out.write_text(json.dumps({"conditions": known, "cases": cases}, indent=1) + "\n")
             print(
-                f"{name} batch {batch} ({found['engine']}): explained / plain {found['explained_over_plain']:.3f}, by CPU time {found['cpu_explained_over_plain']:.3f}; "
-                f"explained / eager {found['explained_over_eager']:.3f}; load {found['load']:.1f}",
+                f"{name} batch {batch} ({found['engine']}): explained over plain {found['explained_over_plain']:.3f}, by CPU "
+                f"time {found['cpu_explained_over_plain']:.3f}; over eager {found['explained_over_eager']:.3f}; "
+                f"load {found['load']:.1f}",
                 flush=True,
             )
     print(out)
