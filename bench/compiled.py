@@ -151,15 +151,19 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--append", action="store_true", help="keep the other cases of the file")
     arguments = parser.parse_args()
     known = conditions()
     kind = "amd-epyc" if "EPYC" in known["device"] else known["device"].lower().replace(" ", "-")[:24]
     out = arguments.out or RESULTS / f"compiled-{kind}-{known['commit']}.json"
-    cases = []
+    cases: list[dict[str, Any]] = []
+    if arguments.append and out.exists():
+        old = json.loads(out.read_text())
+        cases = [{"commit": old["conditions"]["commit"], **each} for each in old["cases"]]
     for name in arguments.models:
         for batch in arguments.batches:
-            found = case(name, batch, arguments.rounds)
-            cases.append(found)
+            found = case(name, batch, arguments.rounds) | {"commit": known["commit"]}
+            cases = [each for each in cases if (each["model"], each["batch"]) != (name, batch)] + [found]
             out.write_text(json.dumps({"conditions": known, "cases": cases}, indent=1) + "\n")
             print(
                 f"{name} batch {batch} ({found['engine']}): explained over plain {found['explained_over_plain']:.3f}, by CPU "
