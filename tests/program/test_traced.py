@@ -1,6 +1,7 @@
 """Traced programs against their explainers and torch's own Hessian-vector product, in float64, and through torch.export."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -247,6 +248,22 @@ def test_a_utility_that_decides_is_refused_and_its_place_named():
 
     with pytest.raises(ExportError, match=r"test_traced\.py:\d+, in decides: return picked\.tanh"):
         Explainer(curved(), "target", utility=decides).program(images())
+
+
+def test_threads_trace_one_after_another():
+    models = [curved(head) for head in ("flatten-mlp", "pool-norm-linear")]
+    x, found = images(), {}
+
+    def work(index):
+        found[index] = Explainer(models[index], "target", backend="torch").program(x[:2])(x).raw
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, model in enumerate(models):
+        torch.testing.assert_close(found[index], Explainer(model, "target", backend="torch")(x).raw, **TIGHT)
 
 
 def test_memory_formats_copies_and_inference_mode():
