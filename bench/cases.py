@@ -20,6 +20,11 @@ CPU_SHAPES = [(1, 2048, 49), (64, 2048, 49), (256, 2048, 49), (16, 256, 3136), (
 #: Of the head that shapley_head explains: ImageNet's classes, and the two batches that a service and a data set have.
 HEADS = [(1, 2048, 49), (64, 2048, 49), (1, 1280, 49), (64, 1280, 49)]
 CLASSES = 1000
+#: Four nodes of Gauss and Legendre, and their weights.
+NODES = (
+    [0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262],
+    [0.17392742256872692, 0.32607257743127305, 0.32607257743127305, 0.17392742256872692],
+)
 DTYPES = [torch.float32, torch.bfloat16]
 LAYOUTS = ["first", "last"]
 
@@ -30,7 +35,7 @@ class Case:
 
     Attributes:
         operator: "weighted_reduce", "channel_weighted_sum" or "shapley_head".
-        pooling: the row of weighted_reduce; "" for the other operators.
+        pooling: the row of weighted_reduce; "nodes_4" for a shapley_head with four nodes of quadrature; else "".
         shape: [N, C, S].
         dtype: of every input.
         layout: "first" ([N, C, h, w]), "last" ([N, h, w, C]), or "tokens" ([N, 1 + S, C], the first one skipped).
@@ -45,6 +50,8 @@ class Case:
     @property
     def name(self) -> str:
         row = self.pooling or self.operator
+        if self.pooling and self.operator == "shapley_head":
+            row = f"shapley_head_{self.pooling}"
         return f"{row} {'x'.join(map(str, self.shape))} {str(self.dtype)[6:]} {self.layout}"
 
     def tensors(self, device: torch.device, seed: int = 0) -> list[Tensor]:
@@ -69,7 +76,8 @@ class Case:
         if self.operator == "channel_weighted_sum":
             return lambda a, alpha: ops.channel_weighted_sum(a, alpha, backend=backend)
         side = int(self.shape[2] ** 0.5)
-        return lambda a, z, w, b, c: ops.shapley_head(a, z, w, b, c, (side, side), (224, 224), backend=backend)[1]
+        rule = {"nodes": NODES[0], "weights": NODES[1]} if self.pooling else {}
+        return lambda a, z, w, b, c: ops.shapley_head(a, z, w, b, c, (side, side), (224, 224), backend=backend, **rule)[1]
 
     def eager(self) -> Callable[..., Tensor]:
         """The same in plain PyTorch."""
@@ -80,7 +88,10 @@ class Case:
         side, positions = int(self.shape[2] ** 0.5), self.shape[2]
 
         def head(a: Tensor, z: Tensor, w: Tensor, b: Tensor, c: Tensor) -> Tensor:
-            rows = reference.utility_rows(z, c, b, "rest", 2, 1 / positions)
+            if self.pooling:
+                rows = reference.quadrature_rows(z, c, b.expand_as(z), "rest", 1 / positions, *NODES)
+            else:
+                rows = reference.utility_rows(z, c, b, "rest", 2, 1 / positions)
             return reference.class_maps(a, rows @ w.to(rows.dtype), (side, side), (224, 224), True, None)[1]
 
         return head
@@ -118,4 +129,5 @@ def cases(device: str) -> list[Case]:
     for row in ("elementwise_relu", "activation", "positive_gradient", "plusplus"):
         found += [Case("weighted_reduce", row, shapes[1], torch.float32, layout) for layout in LAYOUTS]
     found += [Case("shapley_head", "", shape, dtype, "first") for shape in HEADS for dtype in DTYPES]
+    found += [Case("shapley_head", "nodes_4", shape, torch.float32, "first") for shape in HEADS]
     return found

@@ -53,6 +53,13 @@ fi
 left=$((510 - SECONDS))
 step "operator benchmarks" "$((left > 30 ? left : 30))" "$python" -m bench.ops --out "$out" --seconds "$((left > 60 ? left - 45 : 15))"
 
+# What bench/gpu_model.py predicted, beside what was measured.
+if result=$(ls -t "$out"/ops-cuda-*.json 2>/dev/null | grep -v predicted | head -n 1) && [[ -n $result ]]; then
+  step "predictions beside measurements" 20 "$python" -m bench.gpu_model --compare "$result"
+else
+  not_run+=("predictions beside measurements (nothing was measured)")
+fi
+
 printf '\n=== done (at %d s)\n' "$SECONDS"
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}"

@@ -73,28 +73,20 @@ def readable(names: list[str]) -> dict[str, str]:
     return short
 
 
+def compiled(nvcc: str, source: str, chip: str, cubin: Path) -> list[Usage]:
+    """Compile one file of csrc/cuda for a chip into ``cubin``, as CMakeLists.txt does, and read what the assembler says."""
+    command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", f"-arch={chip}", "-cubin", "-Xptxas", "-v", "-Xcompiler=-fPIC"]
+    command += [f"-I{ROOT / 'csrc' / 'include'}", "-o", str(cubin), str(ROOT / "csrc" / "cuda" / source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source} does not compile for {chip}:\n{done.stderr}")
+    return parse(done.stderr)
+
+
 def measure(nvcc: str) -> list[Usage]:
-    """Compile csrc/cuda for every chip, as CMakeLists.txt does, and read what the assembler says."""
-    found: list[Usage] = []
+    """What every kernel takes on every chip, sorted, by readable names."""
     with tempfile.TemporaryDirectory() as folder:
-        for chip in CHIPS:
-            for source in SOURCES:
-                command = [
-                    nvcc,
-                    "-std=c++17",
-                    "-O3",
-                    "-DNDEBUG",
-                    f"-arch={chip}",
-                    "-cubin",
-                    "-Xptxas",
-                    "-v",
-                    "-Xcompiler=-fPIC",
-                ]
-                command += [f"-I{ROOT / 'csrc' / 'include'}", "-o", f"{folder}/out.cubin", str(ROOT / "csrc" / "cuda" / source)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode != 0:
-                    raise RuntimeError(f"{source} does not compile for {chip}:\n{done.stderr}")
-                found += parse(done.stderr)
+        found = [u for chip in CHIPS for source in SOURCES for u in compiled(nvcc, source, chip, Path(folder) / "out.cubin")]
     names = readable([usage.kernel for usage in found])
     return sorted(Usage(names[u.kernel], u.chip, u.registers, u.stack, u.spill_stores, u.spill_loads, u.shared) for u in found)
 

@@ -7,33 +7,34 @@
 
 namespace shapleycam {
 
-// One axis of the map: how many positions it has and gets.
-template <typename T>
+// One axis of the map: how many positions it has and gets. I is what they are counted in: a GPU divides 32-bit numbers in a
+// fraction of the time.
+template <typename T, typename I = int64_t>
 struct Axis {
-  int64_t from, to;
+  I from, to;
   T scale;
 };
 
-template <typename T>
-static inline Axis<T> axis_of(int64_t from, int64_t to) {
-  return {from, to, static_cast<T>(from) / static_cast<T>(to)};
+template <typename T, typename I = int64_t>
+static inline Axis<T, I> axis_of(int64_t from, int64_t to) {
+  return {static_cast<I>(from), static_cast<I>(to), static_cast<T>(from) / static_cast<T>(to)};
 }
 
 // The two neighbours that a position reads, and how far it is from the first to the second.
-template <typename T>
+template <typename T, typename I = int64_t>
 struct Place {
-  int64_t low, high;
+  I low, high;
   T weight;
 };
 
 // Half-pixel centres.
-template <typename T>
-SHAPLEYCAM_ANYWHERE static inline Place<T> place(int64_t i, const Axis<T>& axis) {
+template <typename T, typename I>
+SHAPLEYCAM_ANYWHERE static inline Place<T, I> place(I i, const Axis<T, I>& axis) {
   T x = axis.scale * (static_cast<T>(i) + T(0.5)) - T(0.5);
   x = x < T(0) ? T(0) : x;
-  int64_t low = static_cast<int64_t>(x);
+  I low = static_cast<I>(x);
   low = low < axis.from - 1 ? low : axis.from - 1;
-  return {low, low + (low < axis.from - 1 ? 1 : 0), x - static_cast<T>(low)};
+  return {low, static_cast<I>(low + (low < axis.from - 1 ? 1 : 0)), x - static_cast<T>(low)};
 }
 
 template <typename T>
@@ -42,10 +43,10 @@ SHAPLEYCAM_ANYWHERE static inline T between(T a, T b, T weight) {
 }
 
 // The first position that reads at or beyond `low`, or axis.to.
-template <typename T>
-SHAPLEYCAM_ANYWHERE static inline int64_t first_reaching(int64_t low, const Axis<T>& axis) {
+template <typename T, typename I>
+SHAPLEYCAM_ANYWHERE static inline I first_reaching(I low, const Axis<T, I>& axis) {
   if (low >= axis.from) return axis.to;
-  int64_t i = static_cast<int64_t>((static_cast<T>(low) + T(0.5)) / axis.scale - T(0.5));
+  I i = static_cast<I>((static_cast<T>(low) + T(0.5)) / axis.scale - T(0.5));
   i = i < 0 ? 0 : (i < axis.to ? i : axis.to);
   // Rounding may have put the guess off by a step.
   while (i > 0 && place(i - 1, axis).low >= low) --i;
@@ -56,15 +57,15 @@ SHAPLEYCAM_ANYWHERE static inline int64_t first_reaching(int64_t low, const Axis
 // The second min-max needs the extent of the resized map before any of it can be written. Between two neighbours of the raw map
 // the resized one is linear along every axis, so on the positions that fall between them it is extreme at the first or the
 // last: some (2 from)^2 positions tell the extent of to^2. How many positions of an axis can be extreme, and which.
-template <typename T>
-SHAPLEYCAM_ANYWHERE static inline int64_t extremes(const Axis<T>& axis) {
+template <typename T, typename I>
+SHAPLEYCAM_ANYWHERE static inline I extremes(const Axis<T, I>& axis) {
   return 2 * axis.from < axis.to ? 2 * axis.from : axis.to;
 }
 
-template <typename T>
-SHAPLEYCAM_ANYWHERE static inline int64_t extreme(int64_t q, const Axis<T>& axis) {
+template <typename T, typename I>
+SHAPLEYCAM_ANYWHERE static inline I extreme(I q, const Axis<T, I>& axis) {
   if (extremes(axis) == axis.to) return q;
-  const int64_t i = first_reaching(q / 2 + q % 2, axis) - q % 2;
+  const I i = first_reaching(static_cast<I>(q / 2 + q % 2), axis) - q % 2;
   return i < 0 ? 0 : (i < axis.to ? i : axis.to - 1);
 }
 

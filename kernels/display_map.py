@@ -1,17 +1,20 @@
-"""display_map: ReLU, min-max, half-pixel linear resize, min-max, one program per image.
+"""display_map: ReLU, min-max, half-pixel linear resize, min-max, several programs to an image.
 
-The second min-max needs the extent of the resized map, so the map is computed twice: that costs arithmetic on a small raw map
-that stays in cache, where storing and reading it back would cost memory.
+The second min-max needs the extent of the resized map. Between two neighbours of the raw map the resized one is linear along
+every axis, so that it is extreme beside the positions where an axis goes on to its next neighbours: every program computes
+these few, and then its share of the map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .tiles import BLOCKS_WANTED
 
 
 @triton.jit
@@ -64,14 +67,21 @@ def _value(raw, flat, d, h, w, H, W, scale_z, scale_y, scale_x, low, scale, mask
 
 
 @triton.jit
-def display_one(
-    raw, out,
-    d, h, w, D, H, W, scale_z, scale_y, scale_x,
+def _candidate(q, count, to, scale, ACC: tl.constexpr):
+    # Two positions before and after an axis reaches a neighbour, one of each to spare for rounding; or every position.
+    reached = tl.floor(((q // 4).to(ACC) + 0.5) / scale - 0.5).to(tl.int32) + q % 4 - 1
+    return tl.where(count == to, q, tl.minimum(tl.maximum(reached, 0), to - 1))
+
+
+@triton.jit
+def _display(
+    raw, out, begin, end,
+    d, h, w, D, H, W, scale_z, scale_y, scale_x, cz, cy, cx,
     RENORMALIZE: tl.constexpr, DEEP: tl.constexpr, BYTES: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The display form of the map at ``raw``, written to ``out``."""
+    """The positions [begin, end) of the display form of the map at ``raw``, written to ``out``."""
     count = d * h * w
-    total = D * H * W
+    candidates = cz * cy * cx
     lane = tl.arange(0, BLOCK)
     # Lanes beyond the end repeat the first value: it changes no extent.
     least = tl.load(raw + lane * 0).to(ACC)
@@ -92,16 +102,19 @@ def display_one(
         )  # fmt: skip
         least = first
         most = first
-        for start in range(0, total, BLOCK):
-            at = tl.where(start + lane < total, start + lane, 0)
+        for start in range(0, candidates, BLOCK):
+            q = tl.where(start + lane < candidates, start + lane, 0)
+            z = _candidate(q // (cx * cy), cz, D, scale_z, ACC)
+            y = _candidate(q // cx % cy, cy, H, scale_y, ACC)
+            at = (z * H + y) * W + _candidate(q % cx, cx, W, scale_x, ACC)
             x = _value(raw, at, d, h, w, H, W, scale_z, scale_y, scale_x, low, scale, lane >= 0, DEEP, ACC)
             least = _lower(x, least)
             most = _higher(x, most)
         low2 = tl.reduce(least, 0, _lower)
         scale2 = 1e-7 + (tl.reduce(most, 0, _higher) - low2)
-    for start in range(0, total, BLOCK):
+    for start in range(begin, end, BLOCK):
         at = start + lane
-        mask = at < total
+        mask = at < end
         x = _value(raw, at, d, h, w, H, W, scale_z, scale_y, scale_x, low, scale, mask, DEEP, ACC)
         if RENORMALIZE:
             x = (x - low2) / scale2
@@ -114,30 +127,36 @@ def display_one(
 
 @triton.jit
 def _kernel(
-    raw, out,
-    d, h, w, D, H, W, scale_z, scale_y, scale_x,
+    raw, out, blocks, part,
+    d, h, w, D, H, W, scale_z, scale_y, scale_x, cz, cy, cx,
     RENORMALIZE: tl.constexpr, DEEP: tl.constexpr, BYTES: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    display_one(
-        raw + n * (d * h * w), out + n * (D * H * W), d, h, w, D, H, W, scale_z, scale_y, scale_x,
+    program = tl.program_id(0)
+    n = (program // blocks).to(tl.int64)
+    begin = program % blocks * part
+    _display(
+        raw + n * (d * h * w), out + n * (D * H * W), begin, tl.minimum(begin + part, D * H * W),
+        d, h, w, D, H, W, scale_z, scale_y, scale_x, cz, cy, cx,
         RENORMALIZE, DEEP, BYTES, ACC, BLOCK,
     )  # fmt: skip
 
 
-def shape_arguments(grid: Sequence[int], size: Sequence[int]) -> tuple[tuple[float, ...], bool]:
-    """(d, h, w, D, H, W and the three scales) for up to three dimensions, and whether there are three."""
-    d, h, w = (1,) * (3 - len(grid)) + tuple(grid)
-    D, H, W = (1,) * (3 - len(size)) + tuple(size)
-    return (d, h, w, D, H, W, d / D, h / H, w / W), d > 1 or D > 1
+def _candidates(low: int, high: int) -> int:
+    return min(4 * low, high)
 
 
 def display_map(raw: Tensor, renormalize: bool, out: Tensor) -> None:
     """Fill ``out`` [N, *size] (the dtype of ``raw``, float16 or uint8) from contiguous ``raw`` [N, *grid]."""
-    shape, deep = shape_arguments(raw.shape[1:], out.shape[1:])
-    acc = tl.float64 if raw.dtype == torch.float64 else tl.float32
-    _kernel[(raw.shape[0],)](
-        raw, out, *shape,
-        RENORMALIZE=renormalize, DEEP=deep, BYTES=out.dtype == torch.uint8, ACC=acc,
-        BLOCK=min(1024, triton.next_power_of_2(out[0].numel())), num_warps=8,
+    grid, size = raw.shape[1:], out.shape[1:]
+    d, h, w = (1,) * (3 - len(grid)) + tuple(grid)
+    D, H, W = (1,) * (3 - len(size)) + tuple(size)
+    total, n = math.prod(size), raw.shape[0]
+    block = min(1024, triton.next_power_of_2(total))
+    blocks = max(1, min(triton.cdiv(total, block), 2 * BLOCKS_WANTED // max(n, 1)))
+    part = triton.cdiv(triton.cdiv(total, blocks), block) * block
+    blocks = triton.cdiv(total, part)
+    _kernel[(n * blocks,)](
+        raw, out, blocks, part, d, h, w, D, H, W, d / D, h / H, w / W, *map(_candidates, (d, h, w), (D, H, W)),
+        RENORMALIZE=renormalize, DEEP=d > 1 or D > 1, BYTES=out.dtype == torch.uint8,
+        ACC=tl.float64 if raw.dtype == torch.float64 else tl.float32, BLOCK=block, num_warps=8,
     )  # fmt: skip

@@ -1,15 +1,11 @@
-// utility_rows, quadrature_rows and class_maps on CUDA devices, one launch each: with the product in between, a whole
-// explanation in three.
+// utility_rows and quadrature_rows on CUDA devices, one launch each, and class_maps, two: with the product in between, a whole
+// explanation in four.
 #include "../utility.h"
 #include "display.cuh"
-#include "general.cuh"
+#include "parts.h"
 
 namespace shapleycam {
 namespace {
-
-// Activations of an image that one block may read alone; more blocks and two more launches serve larger ones. Not measured yet.
-constexpr int64_t kMostBytes = 1 << 19;
-constexpr int64_t kMostPositions = 4096;  // of a map in shared memory
 
 // Two sums over the block, for every thread.
 template <typename T>
@@ -80,9 +76,100 @@ __global__ void __launch_bounds__(kThreads) rows_of_utility(Logits in, const int
   }
 }
 
+constexpr int kOwn = 4;  // logits of a thread: those of an image are in the registers of its block
+
+// data[first + thread], and every kThreads further, below `count`; one branch on the dtype for all of them.
+template <typename T>
+__device__ __forceinline__ void load_own(T (&own)[kOwn], const void* data, int32_t dtype, int64_t first, int count) {
+  const auto from = [&](const auto* typed) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int k = static_cast<int>(threadIdx.x) + i * kThreads;
+      own[i] = k < count ? static_cast<T>(widen(typed[first + k])) : T(0);
+    }
+  };
+  switch (dtype) {
+    case SHAPLEYCAM_FLOAT32:
+      return from(static_cast<const float*>(data));
+    case SHAPLEYCAM_FLOAT64:
+      return from(static_cast<const double*>(data));
+    case SHAPLEYCAM_FLOAT16:
+      return from(static_cast<const Float16*>(data));
+    default:
+      return from(static_cast<const BFloat16*>(data));
+  }
+}
+
+// The same for at most kOwn * kThreads logits: one read of them and of the bias, and what the class needs is asked for before
+// the sums, not after them.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    rows_of_few_logits(Logits in, const int64_t* targets, int64_t images, int64_t classes, int32_t logits, int32_t utility,
+                       int32_t order, T scale, T* rows) {
+  const int thread = static_cast<int>(threadIdx.x);
+  T bias[kOwn] = {};
+  if (in.bias != nullptr) load_own(bias, in.bias, in.bias_dtype, 0, logits);
+  for (int64_t n = blockIdx.x; n < images; n += gridDim.x) {
+    struct Chosen {
+      int64_t c;
+      T z, centred;
+    };
+    const auto chosen = [&](int64_t m) {
+      Chosen one = {targets[n * classes + m], T(0), T(0)};
+      if (one.c < 0 || one.c >= logits) return one;
+      one.z = load<T>(in.data, in.dtype, n * in.stride + one.c);
+      one.centred = in.bias == nullptr ? one.z : one.z - load<T>(in.bias, in.bias_dtype, one.c);
+      return one;
+    };
+    T z[kOwn], e[kOwn], total = 0, s = 0;
+    load_own(z, in.data, in.dtype, n * in.stride, logits);
+    Chosen next = chosen(0);
+    Extent<T> extent = no_extent<T>();
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (thread + i * kThreads < logits) extent.add(z[i]);
+    }
+    const T most = over_block(extent).high;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      e[i] = thread + i * kThreads < logits ? exp(z[i] - most) : T(0);
+      if (thread + i * kThreads < logits) s += e[i] * (z[i] - bias[i]);
+      total += e[i];
+    }
+    add_over_block(total, s);
+    s /= total;
+    const T share = T(1) / total;
+    for (int64_t m = 0; m < classes; ++m) {
+      const Chosen one = next;
+      if (m + 1 < classes) next = chosen(m + 1);
+      const bool known = one.c >= 0 && one.c < logits;
+      const Coefficients<T> on = coefficients<T>(utility, order, exp(one.z - most) * share, one.centred, s);
+      T* row = rows + (n * classes + m) * logits;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int k = thread + i * kThreads;
+        T value = 0;
+        if (utility != SHAPLEYCAM_LOGIT) {
+          const T p = e[i] * share;
+          value = on.on_p * p;
+          if (order == 2) value += on.on_pz * (p * (z[i] - bias[i]));
+        }
+        value = scale * (k == one.c ? value + on.on_class : value);
+        if (k < logits) row[k] = known ? value : static_cast<T>(nan(""));
+      }
+    }
+  }
+}
+
 template <typename T>
 int32_t launch_rows(const Logits& in, const int64_t* targets, int64_t n, int64_t m, int64_t k, int32_t utility, int32_t order,
                     double scale, void* rows, cudaStream_t stream) {
+  if (k <= kOwn * kThreads) {
+    const auto few = rows_of_few_logits<T>;
+    SHAPLEYCAM_LAUNCH(few, dim3(grid_extent(n)), kThreads, 0, stream, in, targets, n, m, static_cast<int32_t>(k), utility,
+                      order, static_cast<T>(scale), static_cast<T*>(rows));
+    return launched();
+  }
   const auto kernel = rows_of_utility<T>;
   SHAPLEYCAM_LAUNCH(kernel, dim3(grid_extent(n)), kThreads, 0, stream, in, targets, n, m, k, utility, order,
                     static_cast<T>(scale), static_cast<T*>(rows));
@@ -216,54 +303,6 @@ int32_t launch_integral(const Logits& in, int64_t start_stride, const double* no
   return launched();
 }
 
-// One block to an image and class: the signed map in shared memory, and from there its display form.
-template <typename T, typename Out, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads)
-    maps_kernel(View a, const T* alpha, int64_t images, int64_t channels, int64_t classes, Axis<T> z, Axis<T> y, Axis<T> x,
-                bool renormalize, T* raws, Out* outs) {
-  SHAPLEYCAM_DYNAMIC_SHARED(T, map);
-  __shared__ T scratch[kThreads];
-  const int64_t positions = z.from * y.from * x.from, total = z.to * y.to * x.to, m = blockIdx.x;
-  for (int64_t n = blockIdx.y; n < images; n += gridDim.y) {
-    const T* weights = alpha + (n * classes + m) * channels;
-    T* raw = raws + (n * classes + m) * positions;
-    sum_over_channels<T, kChannelsLast>(
-        channels, positions, scratch, [&](int64_t c, int64_t s) { return weights[c] * at<T>(a, n, c, s); },
-        [&](int64_t s, T sum) { map[s] = raw[s] = sum; });
-    __syncthreads();
-    display_part(Map<T>{map, z, y, x, T(0), T(1)}, renormalize, 0, total, outs + (n * classes + m) * total);
-    __syncthreads();  // the next image overwrites the map
-  }
-}
-
-struct Maps {
-  const shapleycam_view* a;
-  const void* alpha;
-  int64_t n, c, m;
-  const int64_t *from, *to;
-  bool renormalize;
-  void *raw, *maps;
-  cudaStream_t stream;
-};
-
-template <typename T, typename Out>
-int32_t launch_maps(const Maps& call) {
-  const auto kernel = channels_last(call.a) ? maps_kernel<T, Out, true> : maps_kernel<T, Out, false>;
-  const auto axis = [&](int i) { return axis_of<T>(call.from[i], call.to[i]); };
-  const size_t shared = static_cast<size_t>(call.from[0] * call.from[1] * call.from[2]) * sizeof(T);
-  SHAPLEYCAM_LAUNCH(kernel, dim3(static_cast<unsigned>(call.m), grid_extent(call.n)), kThreads, shared, call.stream,
-                    view_of(call.a), static_cast<const T*>(call.alpha), call.n, call.c, call.m, axis(0), axis(1), axis(2),
-                    call.renormalize, static_cast<T*>(call.raw), static_cast<Out*>(call.maps));
-  return launched();
-}
-
-template <typename T>
-int32_t pick_maps(const Maps& call, int32_t dtype) {
-  if (dtype == SHAPLEYCAM_FLOAT16) return launch_maps<T, Float16>(call);
-  if (dtype == SHAPLEYCAM_UINT8) return launch_maps<T, uint8_t>(call);
-  return launch_maps<T, T>(call);
-}
-
 }  // namespace
 }  // namespace shapleycam
 
@@ -302,10 +341,12 @@ int32_t shapleycam_class_maps_cuda(const shapleycam_view* activations, const voi
   SHAPLEYCAM_RETURN_IF(check_maps(activations, alpha, n, c, m, from, to, raw, raw_dtype, maps, maps_dtype, &s));
   SHAPLEYCAM_RETURN_IF(check_workspace(workspace, workspace_size, shapleycam_channel_weighted_sum_workspace_cuda(n, c, s, m)));
   if (n == 0 || m == 0) return SHAPLEYCAM_OK;
-  const bool small = c * s * static_cast<int64_t>(element_size(activations->dtype)) <= kMostBytes;
-  if (s <= kMostPositions && m <= INT32_MAX && (small || n * m >= kBlocksWanted)) {
-    const Maps call = {activations, alpha, n, c, m, from, to, renormalize != 0, raw, maps, static_cast<cudaStream_t>(stream)};
-    return (raw_dtype == SHAPLEYCAM_FLOAT64 ? pick_maps<double> : pick_maps<float>)(call, maps_dtype);
+  if (shows_parts(from, to, raw_dtype)) {
+    const auto on = static_cast<cudaStream_t>(stream);
+    Parts parts = {};
+    SHAPLEYCAM_RETURN_IF(channel_parts(activations, alpha, n, c, s, m, raw, workspace, on, &parts));
+    return display_parts(parts, n, m, from, to, renormalize != 0, parts.pieces == 1 ? nullptr : raw, raw_dtype, maps,
+                         maps_dtype, on);
   }
   SHAPLEYCAM_RETURN_IF(
       shapleycam_channel_weighted_sum_cuda(activations, alpha, n, c, s, m, raw, raw_dtype, workspace, workspace_size, stream));

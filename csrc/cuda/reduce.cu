@@ -6,6 +6,7 @@
 // hand, so that the same call gives the same bits on every chip.
 #include "general.cuh"
 #include "packed.cuh"
+#include "parts.h"
 
 namespace shapleycam {
 namespace {
@@ -17,18 +18,21 @@ struct Plan {
 
 Plan plan_with(int chunk, int64_t c) { return {chunk, (c + chunk - 1) / chunk}; }
 
-// A chunk is as large as still gives blocks enough.
-Plan plan_of(int64_t n, int64_t c, int most) {
+// A chunk is as large as still gives blocks enough; never below `least`, since what is cut has to be added up.
+Plan plan_of(int64_t n, int64_t c, int most, int least = kLeastChannels) {
   int chunk = most;
-  while (chunk > kLeastChannels && n * ((c + chunk - 1) / chunk) < kBlocksWanted) chunk /= 2;
+  while (chunk > least && n * ((c + chunk - 1) / chunk) < kBlocksWanted) chunk /= 2;
   return plan_with(chunk, c);
 }
 
 // The dense kernel's chunk is a multiple of 8, so that it starts on 16 bytes whatever the element.
-Plan dense_plan(int64_t n, int64_t c, int64_t s) {
+Plan dense_plan(int64_t n, int64_t c, int64_t s, int least = 8) {
   int chunk = kMostTile / static_cast<int>(s) / 8 * 8;
   chunk = chunk < kMostChannels ? chunk : kMostChannels;
-  while (chunk > 8 && n * ((c + chunk - 1) / chunk) < kBlocksWanted) chunk = chunk / 2 / 8 * 8;
+  while (chunk > least && n * ((c + chunk - 1) / chunk) < kBlocksWanted) {
+    chunk = chunk / 2 / 8 * 8;
+    chunk = chunk < least ? least : chunk;
+  }
   return plan_with(chunk < 8 ? 8 : chunk, c);
 }
 
@@ -63,7 +67,11 @@ struct Call {
   int32_t row;
   void *out, *workspace;
   cudaStream_t stream;
+  Parts* parts;  // not null: who calls adds the pieces up
 };
+
+// The display adds an image's pieces up in every block of its own, so that it wants few of them.
+int least_channels(const Call& call) { return call.parts == nullptr ? kLeastChannels : 32; }
 
 enum class Kind { general, rows, dense, last };
 
@@ -90,18 +98,22 @@ Kind kind_of(const Call& call) {
   return rows ? Kind::rows : Kind::general;
 }
 
-// Runs launch(partial maps, plan) and adds the pieces up.
+// Runs launch(partial maps) and adds the pieces up.
 template <typename T, typename Launch>
 int32_t in_pieces(const Call& call, const Plan& plan, Launch launch) {
   T* out = static_cast<T*>(call.out);
   T* parts = plan.pieces == 1 ? out : static_cast<T*>(call.workspace);
   SHAPLEYCAM_RETURN_IF(launch(parts));
+  if (call.parts != nullptr) {
+    *call.parts = {parts, plan.pieces};
+    return SHAPLEYCAM_OK;
+  }
   return plan.pieces == 1 ? SHAPLEYCAM_OK : add_parts(parts, call.n, call.m * call.s, plan.pieces, out, call.stream);
 }
 
 template <typename T, bool kChannelsLast>
 int32_t general(const Call& call) {
-  const Plan plan = plan_of(call.n, call.c, kMostChannels);
+  const Plan plan = plan_of(call.n, call.c, kMostChannels, least_channels(call));
   const View a = view_of(call.a);
   const Weights<T> w = {view_of(call.g), view_of(call.h)};
   return in_pieces<T>(call, plan, [&](T* parts) {
@@ -128,9 +140,10 @@ int32_t packed(const Call& call, Kind kind) {
   const shapleycam_view &g = call.g == nullptr ? none : *call.g, &h = call.h == nullptr ? none : *call.h;
   const Packed<E> in = {data(call.a), data(call.g), data(call.h), call.a->stride_n, call.a->stride_c, call.a->stride_s,
                         g.stride_n,   g.stride_c,   g.stride_s,   h.stride_n,       h.stride_c,       h.stride_s};
-  const Plan plan = kind == Kind::dense  ? dense_plan(call.n, call.c, call.s)
-                    : kind == Kind::last ? plan_of(call.n, call.c, 32 * kPack<E>)
-                                         : plan_of(call.n, call.c, kMostChannels);
+  const int least = least_channels(call);
+  const Plan plan = kind == Kind::dense  ? dense_plan(call.n, call.c, call.s, call.parts == nullptr ? 8 : least)
+                    : kind == Kind::last ? plan_of(call.n, call.c, 32 * kPack<E>, least)
+                                         : plan_of(call.n, call.c, kMostChannels, least);
   return in_pieces<float>(call, plan, [&](float* parts) {
     return with_row(call.row, [&](auto row) {
       constexpr int kRow = decltype(row)::value;
@@ -160,6 +173,12 @@ int32_t run(const Call& call) {
 }
 
 }  // namespace
+
+int32_t channel_parts(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c, int64_t s, int64_t m,
+                      void* out, void* workspace, cudaStream_t stream, Parts* parts) {
+  return run({activations, nullptr, nullptr, alpha, n, c, s, m, kGiven, out, workspace, stream, parts});
+}
+
 }  // namespace shapleycam
 
 using namespace shapleycam;
@@ -174,7 +193,8 @@ int32_t shapleycam_weighted_reduce_cuda(const shapleycam_view* activations, cons
   SHAPLEYCAM_RETURN_IF(check_reduce(activations, gradient, hvp, n, c, s, pooling, out, out_dtype, workspace, workspace_size,
                                     partial_bytes(n, c, s, 1)));
   if (n == 0) return SHAPLEYCAM_OK;
-  return run({activations, gradient, hvp, nullptr, n, c, s, 1, pooling, out, workspace, static_cast<cudaStream_t>(stream)});
+  return run(
+      {activations, gradient, hvp, nullptr, n, c, s, 1, pooling, out, workspace, static_cast<cudaStream_t>(stream), nullptr});
 }
 
 size_t shapleycam_channel_weighted_sum_workspace_cuda(int64_t n, int64_t c, int64_t s, int64_t m) {
@@ -187,7 +207,8 @@ int32_t shapleycam_channel_weighted_sum_cuda(const shapleycam_view* activations,
   SHAPLEYCAM_RETURN_IF(
       check_sum(activations, alpha, n, c, s, m, out, out_dtype, workspace, workspace_size, partial_bytes(n, c, s, m)));
   if (n == 0 || m == 0) return SHAPLEYCAM_OK;
-  return run({activations, nullptr, nullptr, alpha, n, c, s, m, kGiven, out, workspace, static_cast<cudaStream_t>(stream)});
+  return run(
+      {activations, nullptr, nullptr, alpha, n, c, s, m, kGiven, out, workspace, static_cast<cudaStream_t>(stream), nullptr});
 }
 
 }  // extern "C"

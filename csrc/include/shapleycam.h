@@ -180,7 +180,7 @@ SHAPLEYCAM_API int32_t shapleycam_quadrature_rows_cuda(const void* logits, int32
                                                        const double* weights, int32_t count, double scale, void* rows,
                                                        int32_t out_dtype, void* stream);
 
-/* One launch where the activations of an image are small or the images many, else as many as its two parts. */
+/* Two launches; as many as its two parts where a map's own positions are thousands. */
 SHAPLEYCAM_API int32_t shapleycam_class_maps_cuda(const shapleycam_view* activations, const void* alpha, int64_t n, int64_t c,
                                                   int64_t m, const int64_t* from, const int64_t* to, int32_t renormalize,
                                                   void* raw, int32_t raw_dtype, void* maps, int32_t maps_dtype, void* workspace,

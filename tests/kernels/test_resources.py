@@ -67,6 +67,6 @@ def test_the_committed_table_has_every_kernel_on_both_chips():
     rows = re.findall(r"^\| `(.+)` \| (sm_\d+) \|", resources.TABLE.read_text(), re.MULTILINE)
     by_chip = {chip: {kernel for kernel, on in rows if on == chip} for chip in resources.CHIPS}
     assert by_chip["sm_80"] == by_chip["sm_90"]
-    # reduce 7 rows x 9 dtypes of the packed kernels and 6 x 4 general ones, 4 sums and 2 adds; display 7; head 16.
-    assert len(by_chip["sm_80"]) == 7 * 9 + 6 * 4 + 4 + 2 + 7 + 16
+    # reduce 7 rows x 9 dtypes of the packed kernels and 6 x 4 general ones, 4 sums and 2 adds; display 13; head 6.
+    assert len(by_chip["sm_80"]) == 7 * 9 + 6 * 4 + 4 + 2 + 13 + 6
     assert len(rows) == 2 * len(by_chip["sm_80"])

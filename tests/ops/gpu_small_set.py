@@ -26,7 +26,7 @@ def main() -> None:
             for how in ({"bias": logits[0]}, {"base": logits.flip(0)}):
                 rule = {"nodes": [0.3] * count, "weights": [1 / count] * count, "utility": "probability"}
                 ops.utility_rows(logits, targets.expand(3, 5), backend="cuda", **rule, **how)
-        for positions in (49, 4225):  # one launch, and more
+        for positions in (49, 4225):  # added up by the display, and before it
             a = torch.rand(3, 33, positions, device="cuda").to(dtype)
             side = math.isqrt(positions)
             ops.shapley_head(a, logits, weight, logits[0], targets, (side, side), (33, 19), backend="cuda")

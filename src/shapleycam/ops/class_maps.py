@@ -83,7 +83,7 @@ def class_maps(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`channel_weighted_sum` and the :func:`display_map` of its maps; on a GPU, one launch for small activations.
+    """:func:`channel_weighted_sum` and the :func:`display_map` of its maps; on a GPU, two launches for maps of usual sizes.
 
     Args:
         activations: [N, C, S], any float dtype and strides.

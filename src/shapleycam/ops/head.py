@@ -71,8 +71,8 @@ def shapley_head(
 ) -> tuple[Tensor, Tensor]:
     """The whole explanation behind a pool-and-linear head ``z = W mean_s(A) + b``, in closed form.
 
-    :func:`utility_rows`, their product with ``W`` (the library's), and :func:`class_maps`: three launches on a GPU where the
-    activations are small. ShapleyCAM for order 2, GradCAM for order 1, the integral from zero with ``nodes`` and ``weights``.
+    :func:`utility_rows`, their product with ``W`` (the library's), and :func:`class_maps`: four launches on a GPU.
+    ShapleyCAM for order 2, GradCAM for order 1, the integral from zero with ``nodes`` and ``weights``.
 
     Args:
         activations: [N, C, S], any float dtype and strides.

@@ -35,6 +35,10 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct uint2 {
+  unsigned x, y;
+};
+
 struct uint4 {
   unsigned x, y, z, w;
 };
@@ -51,8 +55,18 @@ struct Fibre {
   bool done = false;
 };
 
+// What a launcher asked for: what tests compare, and bench/gpu_model.py reckons with.
+struct Launch {
+  const void* kernel;
+  dim3 grid;
+  unsigned threads;
+  size_t shared;
+};
+
 struct State {
   std::mutex mutex;
+  std::vector<Launch> log;
+  bool dry = false;  // only the log is kept: nothing runs, and pointers may lead nowhere
   std::mt19937 source;
   ucontext_t scheduler;
   std::vector<Fibre> fibres;
@@ -107,6 +121,10 @@ void launch(Kernel kernel, dim3 grid, unsigned threads, size_t shared, Arguments
   const std::lock_guard<std::mutex> guard(s.mutex);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads == 0 || threads > 1024 || shared > (48 << 10)) {
     s.error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  if (s.dry) {
+    s.log.push_back({reinterpret_cast<const void*>(kernel), grid, threads, shared});
     return;
   }
   s.grid = grid;
@@ -183,6 +201,15 @@ T __ldg(const T* p) {
     abort();
   }
   return *p;
+}
+
+template <typename T>
+void __stwb(T* p, T value) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) {
+    fprintf(stderr, "cuda_on_cpu: a store of %zu bytes that is not aligned\n", sizeof(T));
+    abort();
+  }
+  memcpy(p, &value, sizeof(value));
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::state().error, cudaSuccess); }

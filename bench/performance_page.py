@@ -1,0 +1,64 @@
+"""docs/performance.md: where the time of an explanation goes, what was tried, and how it grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TEXT = """\
+# Where the time goes
+
+`shapleycam profile` answers that for your model, batch and machine ([profiling.md](profiling.md)). This page says what an
+explanation is made of, what was tried to make it cheaper, and how its cost grows.
+
+## What must be paid
+
+| part | behind a pool-and-linear head | where the logits are piecewise linear | elsewhere |
+| --- | --- | --- | --- |
+| trunk, once, without gradients | yes | yes | yes |
+| head forward | once | once | once, with a graph |
+| tangent through the head | - | once | - |
+| passes back through the head | none | one per class | three per class |
+| activations read | once | once, with the weight | once, with gradient and Hessian-vector product |
+| engine | `closed_form` | `gauss_newton` | `reverse_over_reverse` |
+
+The physical limit is the forward pass, plus what has to be read and written at the pace of a copy. `shapleycam profile` prints
+the distance from it.
+
+## What was tried
+
+- **No gradients before the target layer.** The trunk runs as plain inference. The peers differentiate back to the image or keep
+  the graph of the whole network ([peers.md](peers.md)).
+- **A closed form behind a mean and a linear layer**: one softmax and one product with the classifier's weight, however many
+  classes. Helps most of all; no pass back at all.
+- **Gauss-Newton behind a piecewise linear head**: exact there, and one pass back instead of three. PyTorch's own forward mode
+  made VGG-16 *slower* at first (1.70 forward passes in place of 1.15, one thread, batch 1): it copies the transposed weight of
+  a linear layer, and fills tangents of weights with zeros. With linear layers and convolutions carried by their own operator it
+  is 1.12. The same for ResNet-18 at `layer3`, batch 2: 2.21 by reverse over reverse, 1.95 by PyTorch's forward mode, 1.47 so.
+  (CPU seconds of one thread on a busy machine, best of seven: a trial, not a benchmark.)
+- **Values and tangents as one batch** would read the weights once instead of twice. Not done: a product over twice the rows
+  rounds otherwise, and the logits would no longer be the model's to the bit.
+- **One kernel for the reduction, one for the display form**: see the operators' table in the README.
+- **Counting instead of timing**: `make perf-guard` compares instructions, bytecodes, operators and allocations with committed
+  counts, which no noise moves.
+
+## How the cost grows
+
+{device}, {threads} threads, torch {torch}, commit {commit}; made by `python -m bench.growth`. What an explanation with
+heatmaps adds to the forward pass, at batch {batch}, {classes} class, {channels} channels, {positions} × {positions} positions
+and heatmaps of {image} × {image}, with one of them varied; the exponent is that of the last step.
+
+| engine | varied | added milliseconds | exponent |
+| --- | --- | --- | --- |
+{table}
+"""
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page."""
+    lines = []
+    for row in result["rows"]:
+        steps = ", ".join(f"{extent}: {seconds * 1e3:.2f}" for extent, seconds in row["seconds"].items())
+        lines.append(f"| `{row['engine']}` | {row['axis']} | {steps} | {row['exponent']:.2f} |")
+    known = result["conditions"]
+    told = {key: known[key] for key in ("device", "threads", "torch", "commit")}
+    return TEXT.format(**told, **result["usual"], table="\n".join(lines))
