@@ -1,8 +1,9 @@
 """What a compiled explanation costs over the compiled plain model. ``python -m bench.compiled [--models ...] [--batches ...]``
 
 Both go through ``torch.compile`` with the same treatment: batch normalisations folded, channels-last. Every round times one
-after the other in an order that turns, and the figures are medians of the rounds' ratios; a program whose maps are off is not
-timed (``explainer.compile`` refuses it). The result is ``bench/results/compiled-<device>-<commit>.json``, written after every case.
+after the other in an order that turns, and the figures are medians of the rounds' ratios, of wall time and of CPU time, which
+other processes do not lengthen (one thread: OMP_NUM_THREADS=1); a program whose maps are off is not
+timed (``explainer.compile`` refuses it). ``bench/results/compiled-<device>-<commit>.json`` is written after every case.
 """
 
 from __future__ import annotations
@@ -77,9 +78,12 @@ def case(name: str, batch: int, rounds: int) -> dict[str, Any]:
     start = time.perf_counter()
     explain = explainer.compile(images, report=True)
     compiled_in = time.perf_counter() - start
-    rivals: dict[str, Callable[[], Any]] = {"plain": lambda f=plain(model, layer, images): f(images)}
-    rivals["explained"] = lambda: explain(images)
-    rivals["eager"] = lambda: _eager(model, images)
+    predict = plain(model, layer, images)
+    rivals: dict[str, Callable[[], Any]] = {
+        "plain": lambda: predict(images),
+        "explained": lambda: explain(images),
+        "eager": lambda: _eager(model, images),
+    }
     with torch.no_grad():
         off = float((rivals["plain"]() - explain(images).logits).abs().max())
     assert off < 1e-3, off
@@ -87,16 +91,18 @@ def case(name: str, batch: int, rounds: int) -> dict[str, Any]:
         for _ in range(2):
             run()
     samples: dict[str, list[float]] = {key: [] for key in rivals}
+    busy: dict[str, list[float]] = {key: [] for key in rivals}
     names = list(rivals)
     for index in range(rounds):
         for offset in range(len(names)):
             key = names[(index + offset) % len(names)]
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             rivals[key]()
             samples[key].append(time.perf_counter() - begin)
+            busy[key].append(time.process_time() - begin_cpu)
 
-    def over(one: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(samples[one], samples[other], strict=True))
+    def over(one: str, other: str, of: dict[str, list[float]] = samples) -> float:
+        return statistics.median(a / b for a, b in zip(of[one], of[other], strict=True))
 
     assert explain.report is not None
     return {
@@ -105,12 +111,14 @@ def case(name: str, batch: int, rounds: int) -> dict[str, Any]:
         "engine": explain.program.engine,
         "batch": batch,
         "explained_over_plain": over("explained", "plain"),
+        "cpu_explained_over_plain": over("explained", "plain", busy),
         "plain_over_eager": over("plain", "eager"),
         "explained_over_eager": over("explained", "eager"),
         "relative_error_of_maps": explain.report.maps,
         "seconds_to_compile": compiled_in,
         "load": os.getloadavg()[0],
         "seconds": samples,
+        "cpu_seconds": busy,
     }
 
 
@@ -143,19 +151,24 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--append", action="store_true", help="keep the other cases of the file")
     arguments = parser.parse_args()
     known = conditions()
     kind = "amd-epyc" if "EPYC" in known["device"] else known["device"].lower().replace(" ", "-")[:24]
     out = arguments.out or RESULTS / f"compiled-{kind}-{known['commit']}.json"
-    cases = []
+    cases: list[dict[str, Any]] = []
+    if arguments.append and out.exists():
+        old = json.loads(out.read_text())
+        cases = [{"commit": old["conditions"]["commit"], **each} for each in old["cases"]]
     for name in arguments.models:
         for batch in arguments.batches:
-            found = case(name, batch, arguments.rounds)
-            cases.append(found)
+            found = case(name, batch, arguments.rounds) | {"commit": known["commit"]}
+            cases = [each for each in cases if (each["model"], each["batch"]) != (name, batch)] + [found]
             out.write_text(json.dumps({"conditions": known, "cases": cases}, indent=1) + "\n")
             print(
-                f"{name} batch {batch} ({found['engine']}): explained / plain {found['explained_over_plain']:.3f}, "
-                f"/ eager {found['explained_over_eager']:.3f}; load {found['load']:.1f}",
+                f"{name} batch {batch} ({found['engine']}): explained over plain {found['explained_over_plain']:.3f}, by CPU "
+                f"time {found['cpu_explained_over_plain']:.3f}; over eager {found['explained_over_eager']:.3f}; "
+                f"load {found['load']:.1f}",
                 flush=True,
             )
     print(out)

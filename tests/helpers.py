@@ -117,7 +117,8 @@ def build(name: str, **options: object) -> nn.Module:
     library, _, model = name.partition(":")
     if library == "tv":
         return wake(torchvision.models.get_model(model, weights=None, **options))
-    return wake(timm.create_model(model, pretrained=False, num_classes=1000, **options))
+    size = options.get("img_size", 224)
+    return wake(timm.create_model(model, pretrained=False, num_classes=1000, **options), size)
 
 
 def network(curved: bool = True, classes: int = 7) -> nn.Module:

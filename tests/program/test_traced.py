@@ -1,5 +1,8 @@
 """Traced programs against their explainers and torch's own Hessian-vector product, in float64, and through torch.export."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -236,6 +239,42 @@ def test_control_flow_is_refused_and_its_place_named():
     model.head.insert(0, Decides())
     with pytest.raises(ExportError, match=r"test_traced\.py:\d+, in forward: if a\.sum\(\) > 0"):
         Explainer(model.eval(), "target").program(x)
+
+
+def test_a_utility_that_decides_is_refused_and_its_place_named():
+    def decides(z, targets):
+        picked = z.gather(1, targets[:, None])[:, 0]
+        return picked.tanh() if bool(picked.sum() > 0) else picked.exp()
+
+    with pytest.raises(ExportError, match=r"test_traced\.py:\d+, in decides: return picked\.tanh"):
+        Explainer(curved(), "target", utility=decides).program(images())
+
+
+def test_threads_trace_one_after_another():
+    models = [curved(head) for head in ("flatten-mlp", "pool-norm-linear")]
+    x, found = images(), {}
+
+    def work(index):
+        found[index] = Explainer(models[index], "target", backend="torch").program(x[:2])(x).raw
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, model in enumerate(models):
+        torch.testing.assert_close(found[index], Explainer(model, "target", backend="torch")(x).raw, **TIGHT)
+
+
+def test_memory_formats_copies_and_inference_mode():
+    model, x = curved("attention", torch.float32), images(dtype=torch.float32)
+    explainer = Explainer(model, "target", backend="torch")
+    with torch.inference_mode():
+        program = explainer.program(x[:2])
+        torch.testing.assert_close(program(x).raw, explainer(x).raw)
+    torch.testing.assert_close(program(x.to(memory_format=torch.channels_last)).raw, explainer(x).raw)
+    exact = Explainer(copy.deepcopy(model).double(), "target", backend="torch")(x.double())
+    torch.testing.assert_close(copy.deepcopy(program).double()(x.double()).raw, exact.raw, **TIGHT)
 
 
 def test_a_fixed_number_of_images_is_refused():

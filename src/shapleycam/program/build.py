@@ -37,9 +37,10 @@ def build(
         explain: the explainer, ``(images, targets) -> Explanation``.
         images, targets, size, all_classes: as there.
     """
-    expected = explain(images, None)
-    program = assemble(settings, plan, expected, images, targets, size, all_classes)
-    _compare(program, explain, images, expected)
+    with torch.inference_mode(False):  # whose tensors have no derivatives
+        expected = explain(images, None)
+        program = assemble(settings, plan, expected, images, targets, size, all_classes)
+        _compare(program, explain, images, expected)
     return program
 
 

@@ -112,6 +112,8 @@ class Captured:
         self.reason: str | None = None
         self._device, self._dtype = like.device, like.dtype
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        # The modules' own tables, which follow every change; the modules themselves are the program's to check.
+        self._tables = [table for module in program.modules() for table in (module._parameters, module._buffers)]
         self._weights: tuple[int, ...] = ()
         self._lock = threading.Lock()
         if recorder is None and like.device.type != "cuda":
@@ -165,8 +167,8 @@ class Captured:
 
     def _graph(self, images: Tensor, targets: Tensor | None) -> _Graph | None:
         """The graph that takes this batch, recorded if there is none; None where it cannot be."""
-        tensors = chain(self.program.parameters(), self.program.buffers())
-        weights = tuple(tensor.data_ptr() for tensor in tensors)
+        tensors = chain.from_iterable(table.values() for table in self._tables)
+        weights = tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
         if weights != self._weights:
             self._graphs.clear()
             self._weights = weights

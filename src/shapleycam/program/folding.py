@@ -67,18 +67,36 @@ def fold_batch_norms(
 
 
 def bind(module: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """The graph with its first inputs bound to tensors, which become its buffers; they are no inputs any more."""
+    """The graph with its first inputs bound to tensors, and all that follows from these alone computed once.
+
+    Both become buffers of the graph that is returned, which takes the other inputs.
+    """
     root = nn.Module()
     graph = fx.Graph()
-    copied: dict[fx.Node, Any] = {}
+    copied: dict[fx.Node, fx.Node] = {}
+    known: dict[fx.Node, Any] = {}
+    needed: dict[fx.Node, fx.Node] = {}
+
+    def placed(node: fx.Node) -> fx.Node:
+        """The node in the new graph; a known tensor that something reads becomes a buffer."""
+        if node not in known:
+            return copied[node]
+        if node not in needed:
+            root.register_buffer(node.name, known[node], persistent=False)
+            needed[node] = graph.get_attr(node.name)
+        return needed[node]
+
     nodes = list(module.graph.nodes)
-    for node, tensor in zip(nodes, tensors, strict=False):
-        root.register_buffer(node.name, tensor.detach(), persistent=False)
-    for index, node in enumerate(nodes):
-        copied[node] = graph.get_attr(node.name) if index < len(tensors) else graph.node_copy(node, copied.__getitem__)
-    for name, tensor in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
-        root.register_buffer(name, tensor.detach(), persistent=False)
-    for name, attribute in vars(module).items():
-        if isinstance(attribute, Tensor):
-            setattr(root, name, attribute)
+    known.update({node: tensor.detach() for node, tensor in zip(nodes, tensors, strict=False)})
+    for node in nodes[len(tensors) :]:
+        if node.op == "get_attr" and isinstance(tensor := getattr(module, str(node.target), None), Tensor):
+            known[node] = tensor.detach()
+        elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            copied[node] = graph.node_copy(node, placed)
+    for name, child in module.named_children():
+        root.add_module(name, child)
     return fx.GraphModule(root, graph)

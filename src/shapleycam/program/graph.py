@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from ..model.capture import replace_tensor, tensor_of
 from ..model.inputs import Inputs
 from .folding import fold_batch_norms
 
+#: Torch's tracers are one for the whole process; two threads cannot trace at once.
+TRACING = threading.Lock()
 _EXAMPLE = 13
 
 
@@ -114,7 +117,7 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
     # A number that no other size is likely to have: where the batch equals one, torch may take them for the same.
     example = images[:1].detach().expand(_EXAMPLE, *images.shape[1:]).contiguous()
     try:
-        with torch.no_grad():
+        with TRACING, torch.no_grad():
             program = torch.export.export(
                 tapped, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
             ).run_decompositions({})

@@ -115,7 +115,10 @@ class PooledProgram(Program):
             on_class, on_vectors, vectors = self._integral(z, start, safe)
         else:
             on_class, on_vectors, vectors = self._second_order(z, z - start, safe)
-        alpha = on_class[:, :, None] * weight[safe] + torch.matmul(on_vectors, torch.matmul(vectors, weight))
+        # The product with W comes last for one class, as one row an image; before, for many, once for all of them.
+        one = isinstance(targets.shape[1], int) and targets.shape[1] == 1
+        rest = on_vectors @ vectors @ weight if one else on_vectors @ (vectors @ weight)
+        alpha = on_class[:, :, None] * weight[safe] + rest
         alpha = torch.where(known[:, :, None], alpha / a.shape[2], float("nan"))
         return alpha, a.to(reference.accumulator(a.dtype))
 

@@ -22,7 +22,7 @@ from ..ops import reference
 from ..utilities.named import evaluate
 from .base import Program, Recipe
 from .folding import bind
-from .graph import ModelGraph, any_strides, place_of, said, tensors_of
+from .graph import TRACING, ModelGraph, any_strides, place_of, said, tensors_of
 from .substitutes import Smooth
 
 
@@ -167,7 +167,7 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
     mode = detect_fake_mode(fakes)
     assert mode is not None
     mode.cache_enabled = False  # with a symbolic batch its entries cost more than they save
-    with torch.no_grad(), mode:
+    with TRACING, torch.no_grad(), mode:
         if given:
             fakes.append(torch.full((head.fakes[count].shape[0],), -1, dtype=torch.int64, device=head.fakes[count].device))
         try:
