@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test long chaos quick lint format bench bench-peers parity picture ci soak clean
+.PHONY: help install demo test long chaos quick lint format bench bench-peers parity picture export-networks browser ci soak clean
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## Editable install with everything a developer needs, in $(VENV)
 
@@ -58,6 +58,12 @@ parity: $(STAMP)  ## Maps against pytorch-grad-cam's, torch-cam's and the formul
 picture: $(STAMP)  ## Make docs/pictures/demo.jpg again
 	$(BIN)/shapleycam demo --out shapleycam-out/picture
 	cp shapleycam-out/picture/contact-sheet.jpg docs/pictures/demo.jpg
+
+export-networks: $(STAMP)  ## Artefacts of real networks, compared and timed; writes docs/export-networks.md
+	$(BIN)/python -m bench.export
+
+browser: $(STAMP)  ## The browser example in headless Chromium against Python; needs Node.js and Chromium
+	$(BIN)/python -m bench.browser
 
 ci:  ## What a submission must pass, in environments of its own
 	bash .ci/run

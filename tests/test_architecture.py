@@ -22,7 +22,7 @@ LAW = (
     ("program",),
     ("explanation",),
     ("explainer",),
-    ("smoothing", "shapley", "evaluate", "attribute", "profiling", "compat", "serve"),  # the uses
+    ("smoothing", "shapley", "evaluate", "attribute", "profiling", "compat", "export", "serve"),  # the uses
     ("cli",),
 )
 #: Public names of modules that moved; they re-export, and nothing here imports them.

@@ -57,7 +57,7 @@ _HOMES = {
     "backends": "ops",
 }
 #: Reached as attributes too: ``import shapleycam; shapleycam.ops.weighted_reduce``. They need torch alone.
-_MODULES = ("derivatives", "errors", "explainer", "explanation", "methods", "model", "ops", "plan", "utilities")
+_MODULES = ("derivatives", "errors", "explainer", "explanation", "export", "methods", "model", "ops", "plan", "utilities")
 
 __all__ = [
     "METHODS",

@@ -1,8 +1,6 @@
 """Programs of real networks, through torch.export and ONNX Runtime, against float64."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,15 +82,3 @@ def runs_elsewhere(model, layer, engine, tmp_path):
             assert off(found[2][good], expected.raw[good]) < 1e-4
             assert off(found[3][good], expected.heatmaps()[good]) < 1e-3
     return program
-
-
-def test_the_page_about_export(tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
-    write, run = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(write, "export.md", "exec"), {"model": build("tv:resnet18"), "images": torch.randn(2, 3, SIZE, SIZE)})
-    names: dict = {}
-    exec(compile(run, "export.md", "exec"), names)
-    assert names["heatmap"].shape == (1, SIZE, SIZE) and names["prediction"].shape == (1, 1000)

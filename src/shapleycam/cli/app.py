@@ -398,6 +398,75 @@ def maps(
 
 
 @app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="What to write, ending in .onnx or .pt2.", show_default=False)],
+    format: Annotated[str, typer.Option(help="onnx, pt2 or aoti; auto goes by the ending.")] = "auto",
+    model: Model = "efficientnet-lite0",
+    weights: Annotated[
+        str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
+    layer: Annotated[str, typer.Option(help="Target layer, such as layer4.2.")] = "auto",
+    method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
+    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    engine: Engine = "auto",
+    nodes: Nodes = None,
+    baseline: Baseline = "zero",
+    targets: Annotated[
+        str,
+        typer.Option(help="Which classes: predicted; given or several by a second input, one or more per image; or all."),
+    ] = "predicted",
+    maps: Annotated[
+        str, typer.Option(help="What saliency_map is: in [0, 1] at the size of the image or of the layer; or raw, signed.")
+    ] = "image",
+    outputs: Annotated[
+        str, typer.Option(help="With commas: prediction, saliency_map, raw_map, target_class, feature_vector.")
+    ] = "prediction,saliency_map",
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Take decoded pixels, uint8 [n, H, W, 3], and normalise them inside.")
+    ] = False,
+    resize: Annotated[bool, typer.Option("--resize", help="Take pixels of any size, and resize and crop them inside.")] = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX; 18 if not given.", show_default=False)] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="Where an ONNX file is checked: onnxruntime, openvino; repeatable.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that is accepted.")] = 1e-4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    json: Json = False,
+) -> int:
+    """Write a classifier and its explanation as one FILE, for ONNX Runtime, OpenVINO, PyTorch or C++.
+
+    The file is run in its own runtime and compared with the explainer in float64 before it gets its name.
+    """
+    from .export import Options, run_export
+
+    options = Options(
+        path=path,
+        format=format,
+        model=model,
+        weights=weights,
+        classes=classes,
+        layer=layer,
+        method=method,
+        utility=utility,
+        engine=engine,
+        nodes=_number_of_nodes(nodes),
+        baseline=baseline,
+        targets=targets,
+        maps=maps,
+        outputs=tuple(name.strip() for name in outputs.split(",")),
+        pixels=pixels,
+        resize=resize,
+        opset=opset,
+        runtimes=tuple(runtime or ()),
+        tolerance=tolerance,
+        overwrite=overwrite,
+        json=json,
+    )
+    return run_export(options, _results(), _stderr)
+
+
+@app.command()
 def demo(out: Out = Path("shapleycam-out/demo"), device: Device = "auto", backend: Backend = "auto") -> int:
     """Explain photographs that come with scikit-image, with a trained network from PyPI; nothing is downloaded."""
     from .demo import run_demo

@@ -1,0 +1,61 @@
+"""torch.export of an interface, with errors that name the place."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from ..errors import ExportError, ShapleyCamError
+from .interface import Interface
+from .metadata import Port
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor]) -> ExportedProgram:
+    """The exported program, whose free dimensions are those that the ports name.
+
+    Raises:
+        ExportError: the model does not trace; the message names the line of the model's code where that can be told.
+    """
+    dims: dict[str, Any] = {}
+    for port in inputs:
+        for size in port.shape:
+            if isinstance(size, str):
+                dims.setdefault(size, Dim(size, min=1))
+    shapes = tuple({i: dims[size] for i, size in enumerate(port.shape) if isinstance(size, str)} for port in inputs)
+    try:
+        with torch.no_grad():
+            # Not the caller's images: an exported program keeps its examples.
+            return torch.export.export(interface, tuple(examples), dynamic_shapes=shapes, strict=False)
+    except ShapleyCamError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"The model cannot be traced{place(error)}: {said(error)}. Control flow that depends on values, or code that fixes "
+            "the number of images, cannot be exported: write it with torch.where, or export another layer or model."
+        ) from error
+
+
+def place(error: BaseException) -> str:
+    """Where in the model's own code an error came from, for a message: " at FILE:LINE, in forward (x = ...)"; or nothing."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_NOT_THE_USERS, "<"))
+    ]
+    inner = [frame for frame in frames if frame.name == "forward"] or []
+    if not inner:
+        return ""
+    last = frames[max(i for i, frame in enumerate(frames) if frame is inner[-1]) :][-1]
+    return f" at {last.filename}:{last.lineno}, in {last.name} ({last.line})"
+
+
+def said(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}".rstrip(".")
