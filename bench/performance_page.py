@@ -37,11 +37,11 @@ the distance from it.
   (CPU seconds of one thread on a busy machine, best of seven: a trial, not a benchmark.)
 - **Values and tangents as one batch** would read the weights once instead of twice. Not done: a product over twice the rows
   rounds otherwise, and the logits would no longer be the model's to the bit.
-- **A ViT's last block** is gone through three times on the way back, each pass with the products of its forward pass: with twelve
-  blocks 1 + 3/12 = 1.25 forward passes at least, and attention is unfused where it is differentiated. ViT-B/16 at batch 1 was
-  seen at 1.35, of which the products are 0.33 (`shapleycam profile --model vit_b_16 --weights random --batch 1`, and PyTorch's
-  profiler; one thread). Behind the block only the class token counts, so most rows of these products are zeros; leaving them out
-  needs to know the model, and was not done.
+- **A ViT's last block** is gone through three times on the way back, each pass with the products of its forward pass: with
+  twelve blocks 1 + 3/12 = 1.25 forward passes at least, and attention is unfused where it is differentiated. ViT-B/16 at
+  batch 1 was seen at 1.35, of which the products are 0.33 (`shapleycam profile --model vit_b_16 --weights random --batch 1`,
+  and PyTorch's profiler; one thread). Behind the block only the class token counts, so most rows of these products are zeros;
+  leaving them out needs to know the model, and was not done.
 - **One kernel for the reduction, one for the display form**: see the operators' table in the README.
 - **Counting instead of timing**: `make perf-guard` compares instructions, bytecodes, operators and allocations with committed
   counts, which no noise moves.
