@@ -67,7 +67,7 @@ def once(engine: str, extents: dict[str, int]) -> tuple[Callable[[], Any], Calla
     model = Network(engine, extents["channels"]).eval().to(DEVICE)
     images = torch.randn(extents["batch"], 3, extents["positions"], extents["positions"]).to(DEVICE)
     targets = torch.arange(extents["classes"], device=DEVICE).expand(extents["batch"], -1).contiguous()
-    explainer = Explainer(model, "target", "shapleycam")
+    explainer = Explainer(model, "target", "shapleycam", engine=engine)
     served = explainer(images, targets).diagnostics.engine
     assert served == engine, f"{engine} is measured, and {served} served"
 

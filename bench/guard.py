@@ -54,7 +54,7 @@ def straight() -> nn.Module:
 CALLS: dict[str, Callable[[], Explainer]] = {
     "closed_form": lambda: Explainer(network(curved=False)),
     "quadrature": lambda: Explainer(network(curved=False), engine="quadrature"),
-    "gauss_newton": lambda: Explainer(straight(), "0"),
+    "gauss_newton": lambda: Explainer(straight(), "0", engine="gauss_newton"),
     "reverse_over_reverse": lambda: Explainer(toy()),
 }
 

@@ -12,7 +12,7 @@ explanation is made of, what was tried to make it cheaper, and how its cost grow
 
 ## What must be paid
 
-| part | behind a pool-and-linear head | where the logits are piecewise linear | elsewhere |
+| part | behind a pool-and-linear head | piecewise linear logits, if asked for | elsewhere |
 | --- | --- | --- | --- |
 | trunk, once, without gradients | yes | yes | yes |
 | head forward | once | once | once, with a graph |
@@ -30,7 +30,9 @@ the distance from it.
   the graph of the whole network ([peers.md](peers.md)).
 - **A closed form behind a mean and a linear layer**: one softmax and one product with the classifier's weight, however many
   classes. Helps most of all; no pass back at all.
-- **Gauss-Newton behind a piecewise linear head**: exact there, and one pass back instead of three. PyTorch's own forward mode
+- **Gauss-Newton behind a piecewise linear head** (`engine="gauss_newton"`): exact there, and one pass back instead of three. It
+  reads off the graph, in every call, that the head is such a one, and holds forward against reverse mode; `auto` does not take
+  it yet, as forward mode is one for the whole process. PyTorch's own forward mode
   made VGG-16 *slower* at first (1.70 forward passes in place of 1.15, one thread, batch 1): it copies the transposed weight of
   a linear layer, and fills tangents of weights with zeros. With linear layers and convolutions carried by their own operator it
   is 1.12. The same for ResNet-18 at `layer3`, batch 2: 2.21 by reverse over reverse, 1.95 by PyTorch's forward mode, 1.47 so.

@@ -98,9 +98,7 @@ def test_no_private_exception_leaves(x: torch.Tensor) -> None:
     torch.manual_seed(0)
     model = Restless().eval()
     result = Explainer(model, "target")(0.1 * x, 1)  # random activations are large, the images' are not
-    assert result.diagnostics.engine == "gauss_newton"  # a mean here and a maximum there, and both are straight
-    expected = Explainer(model, "target", engine="reverse_over_reverse")(0.1 * x, 1).raw
-    torch.testing.assert_close(result.raw, expected, rtol=1e-4, atol=1e-6)
+    assert result.diagnostics.engine == "reverse_over_reverse"
     assert result.finite.all()
     for exception in (ModelStateError,):
         assert issubclass(exception, ShapleyCamError)

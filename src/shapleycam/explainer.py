@@ -60,10 +60,11 @@ class Explainer:
         layer: "auto"; a module; a dotted name ("layer4.2", "layer4[-1]"); or a list of them, whose maps are averaged.
         method: an entry of :data:`shapleycam.METHODS`, by name.
         utility: an entry of :data:`shapleycam.UTILITIES`, or a callable ``(outputs, targets [N]) -> [N]``.
-        engine: "auto", or an exact one: "closed_form" (a pool-and-linear head), "gauss_newton" (one target layer behind which
-            the logits are piecewise linear), "reverse_over_reverse", "forward_over_reverse"; "quadrature", which puts the mean
-            gradient along the path from the baseline, ``Σ ω_k ∇U(B + t_k (A - B))``, in the place of ``g - HA/2``; or
-            "midpoint", which is quadrature with one node.
+        engine: "auto", or an exact one: "closed_form" (a pool-and-linear head), "reverse_over_reverse", "forward_over_reverse",
+            "gauss_newton" (quicker where the logits are seen to be piecewise linear in the one target layer, refused
+            elsewhere, and never chosen by "auto"; it uses torch's forward mode, of which a process has one); "quadrature",
+            which puts the mean gradient along the path from the baseline, ``Σ ω_k ∇U(B + t_k (A - B))``, in the place of
+            ``g - HA/2``; or "midpoint", which is quadrature with one node.
         backend: "auto", or "cuda", "triton", "native", "torch"; an explicit choice never falls back.
         layout: "auto"; a kind such as "NHWC" or "NTC"; a :class:`shapleycam.Layout`; or a
             :class:`shapleycam.ReshapeTransform` around a function to [N, C, *grid].

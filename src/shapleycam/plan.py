@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .derivatives import ENGINES, PATH_ENGINES, Derivatives, Request, activations_only, piecewise_linear
+from .derivatives import ENGINES, PATH_ENGINES, Derivatives, Request, activations_only
 from .derivatives.closed_form import by_autograd, logit_derivatives
 from .derivatives.path import Path
 from .derivatives.quadrature import head_rows
@@ -27,7 +27,7 @@ from .model.doubts import doubts
 from .model.inputs import Inputs
 from .model.layers import find_layer, named_layers, survey, token_facts, token_suffix
 from .model.layouts import Layout, ReshapeTransform, resolve_layout
-from .model.pooled_linear import Outdated, PooledLinear, find, verify
+from .model.pooled_linear import PooledLinear, find, verify
 from .utilities.named import Utility
 from .utilities.outputs import probability_note
 from .utilities.targets import check_targets, place_targets
@@ -116,7 +116,6 @@ class Plan:
         engine: the derivative engine; "none" at order 0.
         notes: warnings that were given about the second order.
         rows: what engine "quadrature" knows of the head.
-        operators: of a head verified to be piecewise linear, which engine "gauss_newton" relies on.
     """
 
     facts: Facts
@@ -124,7 +123,6 @@ class Plan:
     engine: str
     notes: tuple[str, ...] = ()
     rows: HeadRows | None = None
-    operators: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> tuple[tuple[str, nn.Module], ...]:
@@ -152,7 +150,6 @@ class Plan:
             backend=settings.backend,
             path=settings.path,
             rows=self.rows,
-            operators=self.operators,
             chunk=settings.chunk,
             **options,
         )
@@ -274,11 +271,18 @@ def choose(settings: Settings, facts: Facts, inputs: Inputs, targets: Tensor | N
         _check_coefficients(settings.utility)
     if order < 2:
         return plan
-    if plan.engine == "gauss_newton" or (plan.engine == "reverse_over_reverse" and settings.engine == "auto"):
-        plan = _bend(plan, settings, inputs, targets)
     if plan.engine in PATH_ENGINES and (facts.pooled is None or settings.path.masks):
         plan = replace(plan, rows=head_rows(plan.request(settings, inputs, targets)))
-    trial, plan = _try(plan, settings, inputs, targets)
+    try:
+        trial = plan.run(plan.request(settings, inputs, targets, find_cuts=True))
+    except DerivativeError as first:
+        if settings.engine != "auto":
+            raise
+        plan = replace(plan, engine="forward_over_reverse")
+        try:
+            trial = plan.run(plan.request(settings, inputs, targets, find_cuts=True))
+        except DerivativeError:
+            raise first from None
     if settings.utility.name == "logit" or not settings.utility.named:
         flat = all(_flat(term, m) for term in trial.terms for m in range(trial.classes))
         alive = any(bool(g.any()) for term in trial.terms for g in term.gradients)
@@ -297,43 +301,6 @@ def choose(settings: Settings, facts: Facts, inputs: Inputs, targets: Tensor | N
                 )
             warn(note)
             plan = replace(plan, notes=(note,))
-    return plan
-
-
-def _try(plan: Plan, settings: Settings, inputs: Inputs, targets: Tensor | None) -> tuple[Derivatives, Plan]:
-    """A first run, where the engine may be chosen of the first one that can: (what it found, the plan)."""
-    engines = (plan.engine, "reverse_over_reverse", "forward_over_reverse") if settings.engine == "auto" else (plan.engine,)
-    first: Exception | None = None
-    for engine in dict.fromkeys(engines):
-        plan = replace(plan, engine=engine)
-        try:
-            return plan.run(plan.request(settings, inputs, targets, find_cuts=True)), plan
-        except DerivativeError as error:
-            first = first or error
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, Outdated):
-            # What forward mode lacks shows in many ways; the engines for any head meet the same model next.
-            if engine != "gauss_newton" or settings.engine != "auto":
-                raise
-    assert first is not None
-    raise first
-
-
-def _bend(plan: Plan, settings: Settings, inputs: Inputs, targets: Tensor | None) -> Plan:
-    """The plan with engine "gauss_newton" where the head is piecewise linear.
-
-    Raises:
-        DerivativeError: that engine was named, and the head is not.
-    """
-    found, why = piecewise_linear(plan.request(settings, inputs, targets))
-    if found is not None:
-        return replace(plan, engine="gauss_newton", operators=found)
-    if plan.engine == "gauss_newton":
-        raise DerivativeError(
-            f"engine='gauss_newton' needs one target layer behind which the logits are piecewise linear, but {why}. Use "
-            "engine='auto'."
-        )
     return plan
 
 

@@ -80,8 +80,7 @@ def model_of(name, dtype=torch.float64):
 def test_it_equals_the_explicit_hessian(name, utility, images):
     model, images = model_of(name), images.double()
     targets = torch.tensor([[0, 4], [1, 1], [3, 2]])
-    assert Explainer(model, "target", utility=utility).prepare(images).engine == "gauss_newton"
-    _, g, h, layout = derive(model, images, targets, utility=utility)
+    _, g, h, layout = derive(model, images, targets, utility=utility, engine="gauss_newton")
     expected_g, expected_h = explicit(model, images, targets, utility, layout)
     torch.testing.assert_close(g, expected_g, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(h, expected_h, rtol=1e-9, atol=1e-12)
@@ -112,14 +111,14 @@ def test_maps_norms_and_gaps_are_those_of_reverse_over_reverse(name, method, ima
 def test_the_logits_are_those_of_the_model_to_the_bit(images):
     for name in heads():
         model = model_of(name, torch.float32)
-        explanation = Explainer(model, "target")(images)
+        explanation = Explainer(model, "target", engine="gauss_newton")(images)
         assert explanation.diagnostics.engine == "gauss_newton"
         assert torch.equal(explanation.logits, model(images)) and not explanation.logits.requires_grad
 
 
 def test_one_reverse_pass_and_one_forward_pass(images, monkeypatch):
     model = model_of("vgg")
-    explainer = Explainer(model, "target")
+    explainer = Explainer(model, "target", engine="gauss_newton")
     explainer(images.double())
     passes, grad = [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(k) or grad(*a, **k))
@@ -130,79 +129,175 @@ def test_one_reverse_pass_and_one_forward_pass(images, monkeypatch):
     assert len(passes) == 1 and not passes[0].get("create_graph") and runs == [1]
 
 
-@pytest.mark.parametrize("name", [name for name in small_heads() if name not in ("pool-linear", "relu-pool-linear")])
-def test_curved_heads_are_not_taken(name, images):
+CURVED = {
+    "conv-bn-silu": "SiluBackward",
+    "pool-norm-linear": "NativeLayerNormBackward",
+    "flatten-mlp": "GeluBackward",
+    "attention": "BmmBackward|SoftmaxBackward|ScaledDotProduct",
+}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_curved_heads_are_refused_and_never_chosen(name, images):
     torch.manual_seed(1)
     target, head = small_heads()[name]
     model = Split(target, head).eval()
     assert Explainer(model, "target").prepare(images).engine == "reverse_over_reverse"
-    with pytest.raises(DerivativeError, match="gauss_newton.*curved in the activations.*engine='auto'"):
+    with pytest.raises(DerivativeError, match=f"piecewise linear.*({CURVED[name]}).*engine='auto'"):
         Explainer(model, "target", engine="gauss_newton")(images)
 
 
-class Gate(nn.Module):
-    """Curved through a product with a weight that depends on the activations."""
+class Head(nn.Module):
+    """A function of the activations, then ReLU, mean and a linear layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.linear = function, nn.Linear(6, 5)
 
     def forward(self, a):
-        return F.conv2d(a, a.mean((0, 2, 3))[:, None, None, None].expand(5, 6, 1, 1) if False else a[:1, :, :1, :1]).mean(
-            (2, 3)
-        )
+        return 4 * self.linear(self.function(a).relu().mean((2, 3)))
 
 
-def test_curvature_in_corners_is_found(images):
-    """Hard swish is straight outside of [-3, 3], a product has no kink, and a weight may depend on the activations."""
-    tails = {
-        "hardswish": nn.Sequential(nn.Hardswish(), *POOLED, nn.Linear(6, 5)),
-        "weight": nn.Sequential(Gate(), nn.Linear(1, 5)),
-    }
-    for name, head in tails.items():
-        torch.manual_seed(1)
-        model = Split(nn.Conv2d(3, 6, 1), head).double().eval()
-        plan = Explainer(model, "target").prepare(40 * images.double())
-        assert plan.engine == "reverse_over_reverse", name
+def scaled(a):
+    with torch.no_grad():
+        size = a.abs().amax((1, 2, 3), keepdim=True)
+    return a / size
+
+
+def straight_through(a):
+    with torch.no_grad():
+        rest = (4 * a).round() / 4 - a
+    return a + rest
+
+
+def erased(a):
+    a = a * 1
+    with torch.no_grad():
+        a[:, 0] = 0
+    return a
+
+
+@pytest.mark.parametrize("function", [scaled, straight_through, erased, torch.abs, lambda a: a.detach().mean() * a])
+def test_what_is_constant_to_the_reverse_pass_is_so_to_the_forward_pass(function, images):
+    torch.manual_seed(1)
+    model, images = Split(nn.Conv2d(3, 6, 1), Head(function)).double().eval(), images.double()
+    one, other = (Explainer(model, "target", engine=e)(images, 1) for e in ("gauss_newton", "reverse_over_reverse"))
+    torch.testing.assert_close(one.raw, other.raw, rtol=1e-9, atol=1e-12)
+    assert other.raw.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda a: a * F.hardsigmoid(a.mean((2, 3), keepdim=True) + 50), "MulBackward"),  # an open gate
+        (lambda a: F.hardswish(60 * a), "HardswishBackward"),
+        (lambda a: F.softplus(a + 200, threshold=20), "SoftplusBackward"),
+        (lambda a: torch.where(a > 60, a * a, a), "MulBackward|WhereBackward"),
+        (lambda a: (a - 50).relu() ** 2 + a, "PowBackward"),
+        (lambda a: F.conv2d(a, a[:1, :, :1, :1]).expand(-1, 6, -1, -1), "ConvolutionBackward"),
+        (lambda a: 1 / (a + 100), "Reciprocal|DivBackward"),
+        (lambda a: F.batch_norm(a, None, None, training=True), "NativeBatchNormBackward"),
+    ],
+)
+def test_curvature_in_corners_that_these_images_do_not_reach(function, message, images):
+    torch.manual_seed(1)
+    model, images = Split(nn.Conv2d(3, 6, 1), Head(function)).double().eval(), images.double()
+    with pytest.raises(DerivativeError, match=message):
+        Explainer(model, "target", engine="gauss_newton")(images, 1)
+    assert Explainer(model, "target")(images, 1).diagnostics.engine == "reverse_over_reverse"
+
+
+def test_in_place_on_a_view_may_hide_anything(images):
+    def hidden(a):
+        a = a * 1
+        a[:, 0].sigmoid_()
+        return a
+
+    torch.manual_seed(1)
+    model = Split(nn.Conv2d(3, 6, 1), Head(hidden)).double().eval()
+    with pytest.raises(DerivativeError, match="CopySlices"):
+        Explainer(model, "target", engine="gauss_newton")(images.double(), 1)
+
+
+class Lopsided(torch.autograd.Function):
+    """Its own derivatives contradict each other."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, back):
+        return back
+
+    @staticmethod
+    def jvp(ctx, moved):
+        return moved * 0
+
+
+def hooked(a):
+    a = a * 1
+    if a.requires_grad:
+        a.register_hook(lambda back: back * 0.5)
+    return a
+
+
+def test_forward_and_reverse_mode_are_held_against_each_other(images):
+    torch.manual_seed(1)
+    images = images.double()
+    model = Split(nn.Conv2d(3, 6, 1), Head(hooked)).double().eval()
+    with pytest.raises(DerivativeError, match="forward and reverse mode see different heads"):
+        Explainer(model, "target", engine="gauss_newton")(images, 1)
+    model = Split(nn.Conv2d(3, 6, 1), Head(Lopsided.apply)).double().eval()
+    with pytest.raises(DerivativeError, match="Lopsided"):
+        Explainer(model, "target", engine="gauss_newton")(images, 1)
 
 
 def test_a_head_that_is_edited_in_place_is_noticed(images):
-    class Tail(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two, self.act = nn.Linear(96, 8), nn.Linear(8, 5), F.relu
-
-        def forward(self, a):
-            return 4 * self.two(self.act(self.one(a.flatten(1))))
-
     torch.manual_seed(1)
-    model, images = Split(nn.Conv2d(3, 6, 1), Tail()).double().eval(), images.double()
-    explainer = Explainer(model, "target")
-    assert explainer(images).diagnostics.engine == "gauss_newton"
-    model.head.act = F.gelu
-    after = explainer(images)
-    assert after.diagnostics.engine == "reverse_over_reverse"
-    torch.testing.assert_close(after.raw, Explainer(model, "target", engine="reverse_over_reverse")(images).raw)
+    model, images = Split(nn.Conv2d(3, 6, 1), Head(lambda a: a * 2)).double().eval(), images.double()
+    explainer = Explainer(model, "target", engine="gauss_newton")
+    assert explainer(images, 1).raw.abs().max() > 0
+    model.head.function = lambda a: a * a
+    with pytest.raises(DerivativeError, match="MulBackward"):
+        explainer(images, 1)
+
+
+def test_a_head_that_explains_something_itself_does_not_wait_for_ever(images):
+    inner = Explainer(model_of("vgg"), "target", engine="gauss_newton")
+    torch.manual_seed(1)
+    seen = images.double()
+    model = Split(nn.Conv2d(3, 6, 1), Head(lambda a: a * inner(seen, 1).raw.mean())).double().eval()
+    with pytest.raises(DerivativeError, match="within its own head"):
+        Explainer(model, "target", engine="gauss_newton")(seen, 1)
+    assert inner(seen, 1).finite.all()
 
 
 @pytest.mark.parametrize("name", ["vgg", "residual"])
 def test_half_precision_autocast_channels_last_and_frozen_weights(name, images):
-    exact = Explainer(model_of(name), "target", "shapleycam-h")(images.double(), [0, 1, 2]).raw
+    exact = Explainer(model_of(name), "target", "shapleycam-h", engine="reverse_over_reverse")(images.double(), [0, 1, 2]).raw
     model = model_of(name, torch.float32)
-    explainer = Explainer(model, "target", "shapleycam-h")
+    explainer = Explainer(model, "target", "shapleycam-h", engine="gauss_newton")
     with torch.autocast("cpu", torch.bfloat16):
-        found = explainer(images, [0, 1, 2])
-    assert (found.raw - exact).norm() < 0.1 * exact.norm()
+        if name == "residual":  # torch's batch norm gives values of bfloat16 tangents of float32
+            with pytest.raises(DerivativeError, match="fails in forward mode.*engine='auto'"):
+                explainer(images, [0, 1, 2])
+        else:
+            assert (explainer(images, [0, 1, 2]).raw - exact).norm() < 0.1 * exact.norm()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    shaped = model.to(memory_format=torch.channels_last)
-    found = Explainer(shaped, "target", "shapleycam-h")(images.to(memory_format=torch.channels_last), [0, 1, 2])
+    shaped, asked = model.to(memory_format=torch.channels_last), {"engine": "gauss_newton"}
+    found = Explainer(shaped, "target", "shapleycam-h", **asked)(images.to(memory_format=torch.channels_last), [0, 1, 2])
     assert found.diagnostics.engine == "gauss_newton"
     torch.testing.assert_close(found.raw.double(), exact, rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    half = Explainer(model_of(name, torch.bfloat16), "target", "shapleycam-h")(images.bfloat16(), [0, 1, 2])
+    half = Explainer(model_of(name, torch.bfloat16), "target", "shapleycam-h", **asked)(images.bfloat16(), [0, 1, 2])
     assert half.diagnostics.engine == "gauss_newton" and (half.raw - exact).norm() < 0.1 * exact.norm()
 
 
 def test_nothing_stays_behind_after_an_error_and_between_threads(images):
     model = model_of("vgg", torch.float32)
-    explainer = Explainer(model, "target")
+    explainer = Explainer(model, "target", engine="gauss_newton")
     expected = explainer(images).raw
     handle = model.head[-1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -223,7 +318,7 @@ def test_nothing_stays_behind_after_an_error_and_between_threads(images):
 
 def test_it_wants_one_layer(images):
     model = model_of("vgg")
-    with pytest.raises(DerivativeError, match="several target layers"):
+    with pytest.raises(DerivativeError, match="one target layer, got 2"):
         Explainer(model, ["target", "head.0"], engine="gauss_newton")(images.double())
 
 
@@ -232,6 +327,6 @@ def test_more_classes_than_features_go_through_the_features(images):
     head = nn.Sequential(nn.Conv2d(6, 3, 3), nn.ReLU(), *POOLED, nn.Linear(3, 40))
     model, images = Split(nn.Conv2d(3, 6, 1), head).double().eval(), images.double()
     targets = torch.arange(40).expand(3, -1).contiguous()
-    one, other = (Explainer(model, "target", engine=e)(images, targets) for e in ("auto", "forward_over_reverse"))
+    one, other = (Explainer(model, "target", engine=e)(images, targets) for e in ("gauss_newton", "forward_over_reverse"))
     assert one.diagnostics.engine == "gauss_newton"
     torch.testing.assert_close(one.raw, other.raw, rtol=1e-9, atol=1e-12)

@@ -33,8 +33,6 @@ ARCHITECTURES = {
         True,
     ),
 }
-#: Whose logits are piecewise linear in the activations: the class token and a mean, side by side.
-STRAIGHT = {"Dinov2WithRegisters": "gauss_newton"}
 
 
 def seeded(name, task, **options):
@@ -57,7 +55,7 @@ def test_architecture(name):
     result = Explainer(model)(images, with_norms=True)
     assert result.diagnostics.layers == (layer,)
     assert result.diagnostics.layouts == (layout,)
-    assert result.diagnostics.engine == ("closed_form" if pooled else STRAIGHT.get(name, "reverse_over_reverse"))
+    assert result.diagnostics.engine == ("closed_form" if pooled else "reverse_over_reverse")
     torch.testing.assert_close(result.logits, model(images).logits)
     assert (result.hvp_ratio > 1e-3).all(), "curvature, or the comparison below proves nothing"
     assert result.raw.shape == (2, *layout.grid) and (result.raw.flatten(1).std(1) > 0).all()

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from shapleycam import Explainer, InputError
 from shapleycam.profiling import Case, Profile, Row, Stage, compare, load, profile, profile_cases
@@ -64,6 +66,38 @@ def test_bytes_are_those_of_the_tensors(x):
     assert [stage.name for stage in bare.stages] == ["trunk", "head", "derivative", "weighted reduce"]
 
 
+def test_later_passes_are_the_derivatives_own():
+    """A trunk that takes a while runs again for every node, and for every class of a utility that is given more."""
+    model, x = network(curved=True), torch.randn(2, 3, 20, 20)
+    model[0].register_forward_hook(lambda *_: time.sleep(0.005))
+    explainer = Explainer(model, "2", engine="quadrature", nodes=4, chunk=1)
+    own = Explainer(model, ["1", "2"], "shapleycam-h", engine="quadrature", nodes=2)
+    for each in (explainer, own):
+        stages = {stage.name: stage.p50 for stage in profile(each, x, rounds=3).rows[0].stages}
+        assert stages["derivative"] > 0.005 > stages["head"]
+    scorecam = profile(Explainer(model, "2", "scorecam"), x, rounds=3).rows[0]
+    stages = {stage.name: stage for stage in scorecam.stages}
+    assert stages["weighted reduce"].p50 > 0.005 > stages["head"].p50
+    assert stages["weighted reduce"].bytes == 2 * 12 * 10 * 10 * 4 + 2 * 10 * 10 * 4  # not those of the masked images
+
+
+def test_inputs_by_keyword_and_volumes():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = toy()
+
+        def forward(self, *, pixel_values):
+            return self.net(pixel_values)
+
+    assert profile(Explainer(Keyword().eval(), images_as="pixel_values"), torch.randn(2, 3, 8, 8), rounds=3).rows
+    torch.manual_seed(0)
+    pooled = (nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3))
+    volumes = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), *pooled).eval()
+    stages = profile(Explainer(volumes, "1"), torch.randn(2, 3, 6, 8, 8), rounds=3).rows[0].stages
+    assert "overlay" not in {stage.name for stage in stages}
+
+
 def test_an_exception_leaves_no_hook(x):
     model = toy()
     explainer = Explainer(model)
@@ -117,6 +151,8 @@ def test_a_trace_names_the_stages(x, tmp_path):
     profile(Explainer(toy()), x, rounds=3, trace=file)
     names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
     assert names >= set(STAGES) - {"copy to host"}
+    with pytest.raises(InputError, match="trace cannot be written to"):
+        profile(Explainer(toy()), x, rounds=3, trace=tmp_path)
     with pytest.raises(InputError, match=r"trace cannot be written to .*missing"):
         profile(Explainer(toy()), x, rounds=3, trace=tmp_path / "missing" / "t.json")
 
@@ -125,6 +161,8 @@ def test_bad_input(x):
     explainer = Explainer(toy())
     with pytest.raises(InputError, match="rounds must be 3 or more, got 2"):
         profile(explainer, x, rounds=2)
+    with pytest.raises(InputError, match=r"got 3\.5"):
+        profile(explainer, x, rounds=3.5)
     with pytest.raises(InputError, match="nothing to profile"):
         profile_cases([])
     with pytest.raises(InputError, match="on one device, got cpu, meta"):

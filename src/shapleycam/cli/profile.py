@@ -69,6 +69,8 @@ def run_profile(options: Options, results: Console, notes: Console) -> int:
     for file in (options.picture, options.trace, options.out):
         if file is not None and not file.parent.is_dir():
             raise InputError(f"{file}: there is no folder {file.parent}.")
+        if file is not None and file.is_dir():
+            raise InputError(f"{file} is a folder: name a file.")
     device = pick_device(options.device)
     cases, left_out = _cases(options, device, notes)
     for told in left_out:

@@ -4,10 +4,16 @@ Convolutions, linear layers, batch norm, ReLU, max pooling and sums have no curv
 With the head's Jacobian J the Hessian is then ``JᵀU''J`` (the Gauss-Newton product, elsewhere an approximation), so that
 ``g = Jᵀu'``, ``HA = JᵀU''(JA)`` and ``g - HA/2 = Jᵀ(u' - U''(JA)/2)``: the forward pass carries ``JA`` in forward mode, and
 one reverse pass gives the weight, where reverse over reverse needs three.
+
+Whether the head is such a one is read off its graph in every call, and the two passes are held against each other:
+``⟨r, JA⟩ = ⟨Jᵀr, A⟩``, which fails where something in the head is seen by one of them only.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,70 +23,118 @@ from torch.autograd import forward_ad
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 from torch.overrides import TorchFunctionMode
 
-from ..errors import DerivativeError
-from ..model.pooled_linear import Outdated
+from ..errors import DerivativeError, ShapleyCamError
 from . import features
-from .autograd import DUAL_LEVEL, cut_off, explain, still
+from .autograd import DUAL_LEVEL, explain, still
 from .closed_form import logit_derivatives
 from .terms import Derivatives, Request, Terms
 
-#: What says nothing of a head: rearrangements, which may differ from call to call, dual numbers, and :class:`_Weigh`.
-_PLAIN = frozenset(
-    f"{name}Backward0"
+#: Operators that are linear in all that they read, or pick, clip or fold it at kinks.
+_STRAIGHT = frozenset(
+    f"{name}Backward{number}"
     for name in (
+        *("Add", "Sub", "Neg", "Sum", "Mean", "Cat", "Stack", "Relu", "LeakyRelu", "Hardtanh", "Threshold", "Abs", "Clamp"),
+        *("ClampMin", "ClampMax", "Amax", "Amin", "Max", "Min", "Maximum", "Minimum", "ConstantPadNd", "NativeDropout"),
+        *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "AvgPool2D", "AvgPool3D"),
+        *("AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "MkldnnAdaptiveAvgPool2D", "UpsampleNearest2D", "UpsampleBilinear2D"),
         *("View", "UnsafeView", "ReshapeAlias", "Alias", "AsStrided", "Expand", "T", "Transpose", "Permute", "Squeeze"),
-        *("Unsqueeze", "Slice", "Select", "Clone", "ToCopy", "FwPrimal", "MakeDual"),
+        *("Unsqueeze", "Slice", "Select", "Clone", "ToCopy", "FwPrimal", "MakeDual", "Split", "SplitWithSizes", "Unbind"),
     )
-) | {"torch::autograd::Identity", "torch::autograd::AccumulateGrad", "torch::autograd::CopySlices", "_WeighBackward"}
+    for number in range(4)
+) | {
+    "torch::autograd::Identity",
+    "torch::autograd::AccumulateGrad",
+    "torch::autograd::CopyBackwards",
+}
+#: Products, which are linear while one factor alone depends on the activations; of a quotient the first.
+_PRODUCTS = frozenset(
+    f"{name}Backward{number}"
+    for name in ("Mul", "Div", "Mm", "Bmm", "Addmm", "Baddbmm", "Convolution", "MkldnnConvolution", "MkldnnLinear")
+    for number in range(4)
+) | {"_WeighBackward"}
+#: With the statistics it was given; those of the batch are curved.
+_NORMS = frozenset({"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"})
+#: Relative errors up to which the two passes count as adjoint.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def gauss_newton(request: Request) -> Derivatives:
-    """Gradient and Hessian-vector product, or the weight alone, of a head that :func:`piecewise_linear` has verified.
+    """Gradient and Hessian-vector product, or the weight alone, of a head that is piecewise linear.
 
     Raises:
-        Outdated: the head has an operator that it did not have when it was verified.
-        DerivativeError: no path to the logits, or an operator without a forward-mode derivative.
+        DerivativeError: several target layers; no path to the logits; a utility that is given more than the logits; an operator
+            of the head that is not known to be piecewise linear, has no forward-mode derivative, or is seen by one of the two
+            passes only.
+        Outdated: an operator that was not there before writes into the target layer's output.
     """
     if request.order < 2 or features.serves(request):
         found = features.reverse_over_reverse(request)
         found.engine = "gauss_newton"
         return found
+    if len(request.layers) != 1:
+        raise DerivativeError(f"Engine gauss_newton needs one target layer, got {len(request.layers)}. Use engine='auto'.")
     [(name, module)] = request.layers
-
-    by_weights = _ByWeights()
+    level, directions = ExitStack(), []
 
     def tangent(activations: Tensor) -> Tensor:
-        by_weights.enter()
-        return request.direction(request.layout_of(name, module, activations, request.inputs.images), activations)
+        # Behind the trunk, so that other threads wait for the head alone.
+        level.enter_context(_dual_level())
+        level.enter_context(_ByWeights())
+        layout = request.layout_of(name, module, activations, request.inputs.images)
+        directions.append(request.direction(layout, activations))
+        return directions[0]
 
     try:
-        # The reverse pass comes after the dual level, or it would carry tangents too.
-        fresh = torch.inference_mode(False)
-        with fresh, DUAL_LEVEL, forward_ad.dual_level(), request.capture(gradients=True, tangent=tangent) as capture:
+        with torch.inference_mode(False), request.capture(gradients=True, tangent=tangent) as capture:
             try:
                 outputs = capture.run(request.inputs)
+                logits = _logits(request, outputs)
+                z, product = forward_ad.unpack_dual(logits)
             finally:
-                by_weights.leave()
-            logits = _logits(request, outputs)
-            z, product = forward_ad.unpack_dual(logits)
+                level.close()
             product = torch.zeros_like(z) if product is None else product.detach()
             found = request.start(capture, outputs, "gauss_newton")
             still(request, capture)
-        new = operators(z) - request.operators
-        if new:
-            raise Outdated(f"the head has new operators: {', '.join(sorted(new))}")
         [leaf], [term] = [captured.activations for captured in capture.layers], found.terms
         assert leaf is not None
-        _fill(request, term, leaf, z, product, found.targets)
+        certify(z, leaf)
+        # The reverse passes come after the dual level, or they would carry tangents too.
+        _fill(request, found, term, leaf, z, product, directions[0])
     except RuntimeError as error:
         explain(error, "gauss_newton", request.writes)
-        raise
+        if isinstance(error, (ShapleyCamError, torch.OutOfMemoryError)):
+            raise
+        # What forward mode lacks shows in many ways: batch norm's tangents of bfloat16 are float32, say.
+        raise DerivativeError(
+            f"Engine gauss_newton: this head fails in forward mode ({str(error).splitlines()[0]}). Use engine='auto'."
+        ) from error
     found.logits = z.detach()
     if isinstance(found.outputs, Tensor) and found.outputs.shape == z.shape:
         found.outputs = found.logits
     values = request.values(found.outputs, found.targets, found.logits) if request.with_baseline else []
     request.add_baseline(found, values)
     return found
+
+
+_owner: list[int] = []
+
+
+@contextmanager
+def _dual_level() -> Iterator[None]:
+    """Torch's one dual level, for this thread.
+
+    Raises:
+        DerivativeError: this thread is in it already: a head that explains something itself would wait for ever.
+    """
+    if _owner and _owner[0] == threading.get_ident():
+        raise DerivativeError("Engine gauss_newton cannot run within its own head. Use engine='reverse_over_reverse' in one.")
+    with DUAL_LEVEL:
+        _owner.append(threading.get_ident())
+        try:
+            with forward_ad.dual_level():
+                yield
+        finally:
+            _owner.clear()
 
 
 _GRADIENTS = {F.conv1d: conv1d_input, F.conv2d: conv2d_input, F.conv3d: conv3d_input}
@@ -124,27 +178,16 @@ class _Weigh(torch.autograd.Function):
 
 
 class _ByWeights(TorchFunctionMode):
-    """Linear layers and convolutions as :class:`_Weigh`.
+    """Linear layers and convolutions as :class:`_Weigh`, and no tangents where gradients are off.
 
-    Torch's own forward mode copies the transposed weight of a linear layer, and records a graph of the tangents.
+    Torch's own forward mode copies the transposed weight of a linear layer, and records a graph of the tangents; and what is
+    computed under ``no_grad`` is a constant to the reverse pass, so it must be one to the forward pass.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._entered = False
-
-    def enter(self) -> None:
-        """Behind the trunk, that is."""
-        self._entered = True
-        self.__enter__()
-
-    def leave(self) -> None:
-        """As ``__exit__``, and nothing where it was not entered."""
-        if self._entered:
-            self._entered = False
-            self.__exit__(None, None, None)
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            with forward_ad._set_fwd_grad_enabled(False):
+                return func(*args, **(kwargs or {}))
         if func is F.linear or func in _GRADIENTS:
             bound = _bound(func, *args, **(kwargs or {}))
             if bound is not None:
@@ -171,14 +214,67 @@ def _logits(request: Request, outputs: Any) -> Tensor:
             "Engine gauss_newton needs logits [N, K] that depend on the target layer. Choose a layer that they depend on, or "
             "engine='auto'."
         )
+    if not request.utility.sees_logits_only(outputs, logits):
+        raise DerivativeError(
+            f"Engine gauss_newton needs a utility of the logits alone, and {request.utility.name!r} is given more. Use "
+            "engine='auto'."
+        )
     return logits
 
 
-def _fill(request: Request, term: Terms, leaf: Tensor, z: Tensor, product: Tensor, targets: Tensor | None) -> None:
-    assert targets is not None
+def certify(z: Tensor, leaf: Tensor) -> None:
+    """See by the graph that ``z`` is piecewise linear in ``leaf``.
+
+    Raises:
+        DerivativeError: names an operator between them that is not known to be so.
+    """
+    reaches = _reaching(z, leaf)
+    for node, inputs in reaches.items():
+        name = node.name()
+        if name in _PRODUCTS:
+            fine = sum(inputs) == 1 and (not name.startswith("DivBackward") or inputs[0])
+        elif name in _NORMS:
+            fine = inputs[0] and sum(inputs) == 1 and not getattr(node, "_saved_training", True)
+        else:
+            fine = name in _STRAIGHT
+        if not fine:
+            raise DerivativeError(
+                f"Engine gauss_newton needs logits that are piecewise linear in the activations, and the head has {name}, "
+                "which is curved, or not known not to be. Use engine='auto'."
+            )
+
+
+def _reaching(z: Tensor, leaf: Tensor) -> dict[Any, list[bool]]:
+    """The nodes of the graph from which the leaf is reached, and by which of their inputs."""
+    order, known, waiting = [], set(), [(z.grad_fn, False)]
+    while waiting:
+        node, done = waiting.pop()
+        if node is None or (node in known and not done):
+            continue
+        if done:
+            order.append(node)
+            continue
+        known.add(node)
+        waiting.append((node, True))
+        waiting.extend((following, False) for following, _ in node.next_functions)
+    found: dict[Any, list[bool]] = {}
+    for node in order:  # what a node reads stands before it
+        if getattr(node, "variable", None) is leaf:
+            found[node] = []
+            continue
+        inputs = [following in found for following, _ in node.next_functions]
+        if any(inputs):
+            found[node] = inputs
+    return found
+
+
+def _fill(
+    request: Request, found: Derivatives, term: Terms, leaf: Tensor, z: Tensor, product: Tensor, direction: Tensor
+) -> None:
+    assert found.targets is not None
     # A softmax of half-precision logits loses the digits that the curvature lives in.
     wide = z.detach() if z.dtype in (torch.float32, torch.float64) else z.detach().float()
-    first, second = logit_derivatives(request.utility, wide, product.to(wide.dtype), targets, 2)
+    first, second = logit_derivatives(request.utility, wide, product.to(wide.dtype), found.targets, 2)
     kept: list[list[Any]]
     if request.weights_only and second is not None:
         rows, kept = [first - second / 2], [term.position_weights]
@@ -191,63 +287,26 @@ def _fill(request: Request, term: Terms, leaf: Tensor, z: Tensor, product: Tenso
     for i, (row, into) in enumerate(passes):
         (back,) = torch.autograd.grad(z, leaf, row.to(z.dtype), retain_graph=i < len(passes) - 1)
         into.append(term.layout.view(back.detach()))
+        if i == 0:
+            _check_adjoint(found, row, product, back, direction)
 
 
-def operators(tensor: Tensor) -> frozenset[str]:
-    """The names of the operators that a tensor's graph goes back through."""
-    waiting, known, names = [tensor.grad_fn], set(), set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        names.add(node.name())
-        waiting.extend(following for following, _ in node.next_functions)
-    return frozenset(names) - _PLAIN
+def _check_adjoint(found: Derivatives, row: Tensor, product: Tensor, back: Tensor, direction: Tensor) -> None:
+    """Hold ``⟨r, JA⟩`` against ``⟨Jᵀr, A⟩``, over the batch, whose images may see one another.
 
+    On an accelerator all images are marked where they differ, as looking would wait.
 
-def piecewise_linear(request: Request) -> tuple[frozenset[str] | None, str]:
-    """Try whether the logits are piecewise linear in the activations, and the utility a function of the logits alone.
-
-    The second derivative along random directions must vanish exactly, at the activations of the images and at random ones of
-    both signs and several times their size.
-
-    Returns:
-        (the operators of the head, in words what it is); None where it is not so.
+    Raises:
+        DerivativeError: they differ, on a CPU.
     """
-    if len(request.layers) != 1:
-        return None, "there are several target layers"
-
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
-
-    def scramble(_: int, found: Tensor) -> Tensor:
-        return noise(found) * (4 * found.detach().abs().amax().nan_to_num(1.0).clamp(1.0, 1e3))
-
-    names: frozenset[str] = frozenset()
-    for replacement in (None, scramble):
-        try:
-            with request.capture(gradients=True, replace=replacement) as capture:
-                outputs = capture.run(request.inputs)
-                logits = _logits(request, outputs)
-                if not request.utility.sees_logits_only(outputs, logits):
-                    return None, f"utility {request.utility.name!r} is given more than the logits"
-                [leaf] = [captured.activations for captured in capture.layers]
-                assert leaf is not None
-                with torch.enable_grad():
-                    (gradient,) = torch.autograd.grad(logits, leaf, noise(logits), create_graph=True)
-                    curvature = None
-                    if gradient.requires_grad:
-                        if cut_off(gradient):
-                            return None, "an operator of the head can be differentiated once only"
-                        (curvature,) = torch.autograd.grad(gradient, leaf, noise(leaf), allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, IndexError, DerivativeError) as failure:
-            return None, f"it could not be tried ({failure})"
-        if curvature is not None and bool(curvature.any()):
-            return None, "the logits are curved in the activations"
-        names |= operators(logits)
-    return names, "piecewise linear"
+    wide = torch.promote_types(back.dtype, torch.float32)
+    forward, reverse = row.to(wide) * product.to(wide), back.to(wide) * direction.to(wide)
+    size = forward.abs().sum() + reverse.abs().sum()
+    off = (forward.sum() - reverse.sum()).abs() > _TOLERANCE.get(back.dtype, 1e-3) * size
+    if back.device.type != "cpu":
+        found.mark(torch.where(off, float("nan"), 0.0).expand(row.shape[0]))
+    elif bool(off):
+        raise DerivativeError(
+            "Engine gauss_newton: forward and reverse mode see different heads (a hook on a tensor, or a function whose own "
+            "derivatives differ). Use engine='auto'."
+        )

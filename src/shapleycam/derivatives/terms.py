@@ -171,7 +171,6 @@ class Request:
         backend: of the operators.
         path: from the baseline to the activations; every engine attributes A - B, and quadrature goes along it.
         rows: what is known of running the head on other rows than the images'.
-        operators: of the head, by name, where it was verified to be piecewise linear.
         chunk: how many altered activations may go through the head at once; None for what memory allows.
     """
 
@@ -190,7 +189,6 @@ class Request:
     backend: str = "auto"
     path: Path = field(default_factory=Path)
     rows: HeadRows | None = None
-    operators: frozenset[str] = frozenset()
     chunk: int | None = None
 
     @property

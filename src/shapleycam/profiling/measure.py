@@ -97,8 +97,10 @@ def profile_cases(
     """
     if not cases:
         raise InputError("There is nothing to profile: give at least one case.")
-    if rounds < 3:
+    if not isinstance(rounds, int) or rounds < 3:
         raise InputError(f"rounds must be 3 or more, got {rounds}: a median of fewer says nothing.")
+    if trace is not None and (Path(trace).is_dir() or not Path(trace).parent.is_dir()):
+        raise InputError(f"The trace cannot be written to {trace}: give a file in a folder that exists.")
     devices = {case.images.device for case in cases}
     if len(devices) > 1:
         raise InputError(f"The cases of one profile are on one device, got {', '.join(sorted(map(str, devices)))}.")
@@ -152,8 +154,7 @@ class _Subject:
 
     def forward(self) -> Any:
         """One forward pass, untimed."""
-        with torch.no_grad():
-            return self.case.explainer.model(self.case.images)
+        return self.staged.forward()
 
     def row(self, pace: float) -> Row:
         diagnostics = self.staged.run().diagnostics
@@ -178,8 +179,11 @@ class _Subject:
         """What each step behind the head must read and write, each tensor once."""
         sizes = self.staged.sizes
         # Behind a pooled head the weight is constant over the positions, and next to nothing beside the activations.
-        tensors = {"closed_form": 1, "quadrature": 1, "gauss_newton": 2, "none": 1}.get(engine, 3)
-        found = {"weighted reduce": tensors * sizes.get("activations", 0) + sizes.get("raw", 0)}
+        second = self.case.explainer.method.order == 2
+        derivatives = {"closed_form": 0, "none": 0, "quadrature": 1, "gauss_newton": 1}.get(engine, 1 + second)
+        classes = self.case.targets.shape[1] if getattr(self.case.targets, "ndim", 1) == 2 else 1
+        moved = (1 + derivatives * classes) * sizes.get("activations", 0) + sizes.get("raw", 0)
+        found = {"weighted reduce": moved}
         if "heatmaps" in sizes:
             found["display map"] = sizes["raw"] + sizes["heatmaps"]
         if "overlay" in sizes:

@@ -118,9 +118,16 @@ class Profile:
         return {"layout": LAYOUT, "kind": "shapleycam profile", "conditions": self.conditions, "rows": rows}
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the JSON document; :func:`load` reads it."""
+        """Write the JSON document; :func:`load` reads it.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         target = Path(path)
-        target.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
+        try:
+            target.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"The profile cannot be written to {path}: {error.strerror or error}.") from error
         return target
 
 

@@ -72,7 +72,8 @@ class Staged:
     ) -> None:
         self._explainer = copy.copy(explainer)
         self._images, self._targets = images, targets
-        self._display, self._overlay, self._to_host = display, overlay and images.shape[1] == 3, to_host
+        drawable = images.ndim == 4 and images.shape[1] == 3
+        self._display, self._overlay, self._to_host = display, overlay and drawable, to_host
         self._clock = Clock(images.device)
         self._layers = [module for _, module in self._explainer.prepare(images, targets).layers]
         pixels = images.detach()
@@ -84,8 +85,7 @@ class Staged:
     def plain(self) -> float:
         """Seconds of the plain forward pass."""
         before = self._clock.read()
-        with torch.no_grad():
-            self._explainer.model(self._images)
+        self.forward()
         return self._clock.seconds(before, self._clock.read())
 
     def explain(self) -> dict[str, float]:
@@ -126,6 +126,11 @@ class Staged:
         finally:
             close_range()
 
+    def forward(self) -> Any:
+        """One plain forward pass."""
+        with torch.no_grad():
+            return self._explainer.inputs(self._images).run(self._explainer.model)
+
     def run(self, mark: Callable[[str], None] = lambda stage: None) -> Explanation:
         """The road behind the head, with a mark behind each of its steps."""
         explanation = self._explainer(self._images, self._targets)
@@ -150,16 +155,22 @@ class Staged:
     @contextmanager
     def _marking(self, mark: Callable[[str], None]) -> Iterator[None]:
         """Hooks at the target layers and at the model, and a mark behind the derivative."""
-        explainer, seen = self._explainer, {"layers": 0}
+        explainer, seen = self._explainer, {"layers": 0, "passes": 0}
 
+        # What comes after the first pass (nodes, masks, altered heads) is the derivative's, or the method's own.
         def at_layer(module: nn.Module, args: Any, output: Any) -> None:
+            if seen["passes"]:
+                return
             if seen["layers"] == 0:
                 mark("trunk")
+                self.sizes["activations"] = 0
             seen["layers"] += 1
-            self.sizes["activations"] = max(self.sizes.get("activations", 0), tensor_of(output, "").nbytes)
+            self.sizes["activations"] += tensor_of(output, "").nbytes
 
         def at_end(module: nn.Module, args: Any, output: Any) -> None:
-            mark("head")
+            if not seen["passes"]:
+                mark("head")
+            seen["passes"] += 1
 
         def derive(*args: Any) -> Any:
             found = type(explainer)._derive(explainer, *args)
