@@ -92,8 +92,8 @@ def test_inputs_by_keyword_and_volumes():
 
     assert profile(Explainer(Keyword().eval(), images_as="pixel_values"), torch.randn(2, 3, 8, 8), rounds=3).rows
     torch.manual_seed(0)
-    pooled = (nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3))
-    volumes = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), *pooled).eval()
+    pooled = (nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(7, 3))
+    volumes = nn.Sequential(nn.Conv3d(3, 7, 3), nn.ReLU(), *pooled).eval()
     stages = profile(Explainer(volumes, "1"), torch.randn(2, 3, 6, 8, 8), rounds=3).rows[0].stages
     assert "overlay" not in {stage.name for stage in stages}
 
