@@ -92,6 +92,11 @@ def test_the_method_table_is_the_packages():
 
 
 def test_links_lead_somewhere():
+    headings = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
+    }
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        if "://" not in target:
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif "://" not in target:
             assert (ROOT / target).exists(), target
