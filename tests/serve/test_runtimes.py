@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from shapleycam import Explainer, ShapleyCamError, ShapleyCamWarning
+from shapleycam.export import export
 from shapleycam.images import Preprocess
 from shapleycam.ops.backends import LADDER
 from shapleycam.serve import ExplainerRuntime, OnnxRuntime, ProgramRuntime, Question, Runtime, Service, Stopped
@@ -176,6 +177,27 @@ def test_a_file_that_describes_itself_needs_nothing_else(file: str, tmp_path: Pa
         "method": "shapleycam", "utility": "rest", "engine": "closed_form", "backend": "onnxruntime", "layer": "features"
     }  # fmt: skip
     assert runtime.classes[3] == ("thing 3",) and torch.allclose(answer.raw[0], known(0).raw, rtol=1e-3, atol=1e-4)
+
+
+def test_an_exported_artefact_is_served_as_it_is(tmp_path: Path) -> None:
+    """What `shapleycam export` writes, with its own description, and the same answers from it."""
+    path, names = tmp_path / "artefact.onnx", [f"thing {n}" for n in range(CLASSES)]
+    images = torch.randn(2, 3, SIDE, SIDE)
+    export(
+        Explainer(Bare().eval()),
+        images,
+        path,
+        targets="given",
+        outputs=("prediction", "saliency_map", "raw_map"),
+        preprocess=PREPROCESS,
+        classes=names,
+    )
+    runtime = load_runtime(ModelConfig(runtime="onnx", file=str(path)))
+    with Service(runtime, max_batch=2) as service:
+        for n in range(3):
+            answer = service.explain(known(n).data)
+            assert torch.allclose(answer.raw[0], known(n).raw, rtol=1e-3, atol=1e-4)
+    assert answer.made["backend"] == "onnxruntime" and runtime.classes[3] == ("thing 3",)
 
 
 def test_a_runtime_of_ones_own() -> None:
