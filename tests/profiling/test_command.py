@@ -36,6 +36,17 @@ def test_json_and_what_cannot_be(capfd):
     assert "left out" in err and "pool-and-linear" in err
 
 
+@pytest.mark.slow
+def test_other_ways_to_the_same_maps(capfd):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert run([*QUICK, "--batch", "1", "--mode", "captured,exported", "--json"]) == 0
+    out, err = capfd.readouterr()
+    rows = json.loads(out)["rows"]
+    assert [row["case"]["mode"] for row in rows] == ["captured", "exported"], err
+    assert all([stage["name"] for stage in row["stages"]] == ["call"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

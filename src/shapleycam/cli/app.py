@@ -483,7 +483,7 @@ def profile(
     layout: Annotated[str, typer.Option(help="Of the memory: NCHW, NHWC, or both with a comma.")] = "NCHW",
     engine: Annotated[str, typer.Option(help="Derivative engines, with commas between them.")] = "auto",
     backend: Annotated[str, typer.Option(help="Operator backends, with commas between them.")] = "auto",
-    mode: Annotated[str, typer.Option(help="eager, compiled, captured (CUDA graphs); several with commas.")] = "eager",
+    mode: Annotated[str, typer.Option(help="eager, compiled, captured (CUDA graphs), exported (ONNX); several.")] = "eager",
     layer: Annotated[str, typer.Option(help="Target layer.")] = "auto",
     method: Annotated[str, typer.Option(help="As for explain.")] = "shapleycam",
     utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ShapleyCamError
 from ..explainer import Explainer
+from ..export import export
+from ..export import load as load_artefact
 from ..model.zoo import DEFAULT_MODEL, load_classifier
 from ..profiling import Case, Profile, compare, load, profile_cases
 from ..profiling.picture import check, draw
@@ -25,7 +28,7 @@ from .progress import Steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-MODES = ("eager", "compiled", "captured")
+MODES = ("eager", "compiled", "captured", "exported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,11 @@ def _call(explainer: Explainer, images: Tensor, mode: str) -> Callable[[], Any] 
     """The other ways to the same maps, in display form at the size of the images."""
     if mode == "eager":
         return None
+    if mode == "exported":
+        with tempfile.TemporaryDirectory() as folder:
+            export(explainer, images, Path(folder) / "explained.onnx")
+            artefact = load_artefact(Path(folder) / "explained.onnx")
+        return lambda: artefact.explain(images)
     program: nn.Module | Callable[..., Any]
     program = explainer.compile(images) if mode == "compiled" else explainer.capture(images)
     program(images)  # whatever is done once
