@@ -21,8 +21,8 @@ from ..attribute.job import Settings
 from ..attribute.local import Outcome, attribute
 from ..data.sources import open_source
 from ..errors import InputError
-from ..model.zoo import load_classifier
-from .explain import pick_device, print_json
+from ..model.zoo import load_classifier, pick_device
+from .explain import print_json
 from .progress import Steps
 
 _GRACE = 4.0  # seconds between the signal and the end, whatever the network is doing

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..data.images import read_image, to_picture
 from ..errors import InputError
 from ..explainer import Explainer
-from ..model.zoo import DEFAULT_MODEL, load_classifier
+from ..model.zoo import DEFAULT_MODEL, load_classifier, pick_device
 from ..optional import need
-from .explain import Row, labels, pick_device, table_of
+from .explain import Row, labels, table_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

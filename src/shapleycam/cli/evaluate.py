@@ -16,8 +16,8 @@ from ..errors import InputError, ShapleyCamError
 from ..evaluate.paper import PRESETS, Preset, get_preset, load_preset
 from ..evaluate.run import Protocol, evaluate
 from ..methods.table import get_method
-from ..model.zoo import DEFAULT_MODEL, Classifier, load_classifier
-from .explain import pick_device, print_json
+from ..model.zoo import DEFAULT_MODEL, Classifier, load_classifier, pick_device
+from .explain import print_json
 from .progress import Steps
 from .report import Section, content, print_report, write_report
 

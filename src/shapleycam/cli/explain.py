@@ -22,7 +22,7 @@ from .._version import __version__
 from ..data.images import to_picture
 from ..errors import InputError, TargetError
 from ..explainer import Explainer
-from ..model.zoo import DEFAULT_MODEL, Classifier, load_classifier
+from ..model.zoo import DEFAULT_MODEL, Classifier, load_classifier, pick_device
 from ..optional import need
 from .progress import Steps
 from .sources import Source, sources
@@ -100,22 +100,6 @@ class Row:
             "overlay": None if self.overlay is None else str(self.overlay),
             "problem": self.problem or None,
         }
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def explain_files(arguments: Sequence[str], options: Options, results: Console, progress: Console) -> int:

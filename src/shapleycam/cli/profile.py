@@ -20,10 +20,9 @@ from ..errors import InputError, ShapleyCamError
 from ..explainer import Explainer
 from ..export import export
 from ..export import load as load_artefact
-from ..model.zoo import DEFAULT_MODEL, load_classifier
+from ..model.zoo import DEFAULT_MODEL, load_classifier, pick_device
 from ..profiling import Case, Profile, compare, load, profile_cases
 from ..profiling.picture import check, draw
-from .explain import pick_device
 from .progress import Steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -261,6 +261,22 @@ def _timm(name: str, weights: str | os.PathLike[str] | None) -> Classifier:
     return Classifier(f"timm/{name}", model, recipe, classes, label)
 
 
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

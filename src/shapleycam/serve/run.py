@@ -9,12 +9,11 @@ import time
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..errors import InputError, ShapleyCamError
-from ..model.zoo import DEFAULT_MODEL, load_classifier
+from ..model.zoo import DEFAULT_MODEL, load_classifier, pick_device
 from .app import create_app
 from .config import ModelConfig, ServerConfig
 from .logs import log
@@ -70,22 +69,6 @@ def load_runtime(told: ModelConfig) -> Runtime:
         return OnnxRuntime(told.file, classifier.preprocess, classifier.classes, **how)
     known = ("explainer", *WAYS, "onnx", "openvino")
     raise InputError(f"Unknown runtime {told.runtime!r}: expected one of {', '.join(known)}.")
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def serve(config: ServerConfig) -> int:
