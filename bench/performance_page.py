@@ -33,9 +33,9 @@ the distance from it.
 - **Gauss-Newton behind a piecewise linear head** (`engine="gauss_newton"`): exact there, and one pass back instead of three. It
   reads off the graph, in every call, that the head is such a one, and holds forward against reverse mode; `auto` does not take
   it yet, as forward mode is one for the whole process. PyTorch's own forward mode
-  made VGG-16 *slower* at first (1.70 forward passes in place of 1.15, one thread, batch 1): it copies the transposed weight of
+  made VGG-16 *slower* at first (1.70 forward passes in place of 1.22, one thread, batch 1): it copies the transposed weight of
   a linear layer, and fills tangents of weights with zeros. With linear layers and convolutions carried by their own operator it
-  is 1.12. The same for ResNet-18 at `layer3`, batch 2: 2.21 by reverse over reverse, 1.95 by PyTorch's forward mode, 1.47 so.
+  is 1.13. The same for ResNet-18 at `layer3`, batch 2: 2.22 by reverse over reverse, 1.95 by PyTorch's forward mode, 1.56 so.
   (CPU seconds of one thread on a busy machine, best of seven: a trial, not a benchmark.)
 - **Values and tangents as one batch** would read the weights once instead of twice. Not done: a product over twice the rows
   rounds otherwise, and the logits would no longer be the model's to the bit.
