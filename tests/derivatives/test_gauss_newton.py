@@ -181,8 +181,10 @@ def erased(a):
 def test_what_is_constant_to_the_reverse_pass_is_so_to_the_forward_pass(function, images):
     torch.manual_seed(1)
     model, images = Split(nn.Conv2d(3, 6, 1), Head(function)).double().eval(), images.double()
-    one, other = (Explainer(model, "target", engine=e)(images, 1) for e in ("gauss_newton", "reverse_over_reverse"))
-    torch.testing.assert_close(one.raw, other.raw, rtol=1e-9, atol=1e-12)
+    other = Explainer(model, "target", engine="reverse_over_reverse")(images, 1)
+    for engine in ("gauss_newton", "forward_over_reverse"):
+        one = Explainer(model, "target", engine=engine)(images, 1)
+        torch.testing.assert_close(one.raw, other.raw, rtol=1e-9, atol=1e-12)
     assert other.raw.abs().max() > 1e-3
 
 

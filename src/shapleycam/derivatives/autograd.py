@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from ..errors import DerivativeError, ShapleyCamError
 from ..model.capture import Capture, checkpointing
@@ -24,6 +26,19 @@ from .terms import Derivatives, Request
 
 # Torch has one dual level for the whole process; two threads cannot be inside it at once.
 DUAL_LEVEL = threading.Lock()
+
+
+class ConstantsStay(TorchFunctionMode):
+    """No tangents where gradients are off.
+
+    What is computed under ``no_grad`` is a constant to the reverse pass, so it must be one to forward mode.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))
 
 
 def cut_off(gradient: Tensor) -> bool:
@@ -172,7 +187,8 @@ def forward_over_reverse(request: Request) -> Derivatives:
 
         # Whatever the caller switched off, forward mode among it, is on in there.
         fresh = torch.inference_mode(False)
-        with fresh, DUAL_LEVEL, forward_ad.dual_level(), one.capture(gradients=True, tangent=tangent) as capture:
+        level = one.capture(gradients=True, tangent=tangent)
+        with fresh, DUAL_LEVEL, forward_ad.dual_level(), ConstantsStay(), level as capture:
             try:
                 outputs = capture.run(one.inputs)
                 found = one.start(capture, outputs, "forward_over_reverse")
