@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -66,19 +65,42 @@ def test_bytes_are_those_of_the_tensors(x):
     assert [stage.name for stage in bare.stages] == ["trunk", "head", "derivative", "weighted reduce"]
 
 
-def test_later_passes_are_the_derivatives_own():
-    """A trunk that takes a while runs again for every node, and for every class of a utility that is given more."""
+def test_later_passes_are_the_derivatives_own(monkeypatch):
+    """On a clock that the model itself moves: a second for its trunk, a millisecond for its head."""
+    model, x, now = network(curved=True), torch.randn(2, 3, 20, 20), [0]
+    passes = []
+
+    def moves(nanoseconds):
+        return lambda *_: now.__setitem__(0, now[0] + nanoseconds)
+
+    model[0].register_forward_hook(moves(10**9))
+    model[3].register_forward_hook(moves(10**6))
+    model.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr("shapleycam.profiling.stages.time.perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr("shapleycam.profiling.measure.copy_bandwidth", lambda device: 1e9)
+    for layers, method, options, where in (
+        ("2", "shapleycam", {"engine": "quadrature", "nodes": 4, "chunk": 1}, "derivative"),
+        (["1", "2"], "shapleycam-h", {"engine": "quadrature", "nodes": 2}, "derivative"),
+        ("2", "scorecam", {}, "weighted reduce"),
+        ("2", "shapleycam", {}, None),
+    ):
+        explainer = Explainer(model, layers, method, **options)
+        explainer(x)
+        passes.clear()
+        explainer(x)
+        count = len(passes)
+        assert (count > 1) == (where is not None), "more than one pass, or this says nothing"
+        stages = {stage.name: set(stage.seconds) for stage in profile(explainer, x, rounds=3).rows[0].stages}
+        assert stages["trunk"] == {1.0} and stages["head"] == {0.001}
+        for name in ("derivative", "weighted reduce"):
+            [seconds] = stages[name]
+            assert seconds == pytest.approx((count - 1) * 1.001 if name == where else 0.0), (method, name)
+
+
+def test_bytes_of_a_method_that_masks_images_are_those_of_the_images():
     model, x = network(curved=True), torch.randn(2, 3, 20, 20)
-    model[0].register_forward_hook(lambda *_: time.sleep(0.005))
-    explainer = Explainer(model, "2", engine="quadrature", nodes=4, chunk=1)
-    own = Explainer(model, ["1", "2"], "shapleycam-h", engine="quadrature", nodes=2)
-    for each in (explainer, own):
-        stages = {stage.name: stage.p50 for stage in profile(each, x, rounds=3).rows[0].stages}
-        assert stages["derivative"] > 0.005 > stages["head"]
-    scorecam = profile(Explainer(model, "2", "scorecam"), x, rounds=3).rows[0]
-    stages = {stage.name: stage for stage in scorecam.stages}
-    assert stages["weighted reduce"].p50 > 0.005 > stages["head"].p50
-    assert stages["weighted reduce"].bytes == 2 * 12 * 10 * 10 * 4 + 2 * 10 * 10 * 4  # not those of the masked images
+    stages = {stage.name: stage for stage in profile(Explainer(model, "2", "scorecam"), x, rounds=3).rows[0].stages}
+    assert stages["weighted reduce"].bytes == 2 * 12 * 10 * 10 * 4 + 2 * 10 * 10 * 4
 
 
 def test_inputs_by_keyword_and_volumes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -177,9 +178,9 @@ class Program(nn.Module):
             return Explained(logits, chosen, shaped, maps)
         return Explained(logits, chosen[:, 0], shaped[:, 0], maps[:, 0])
 
+    @abstractmethod
     def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The logits [N, K], the classes [N, M] and the signed maps [N, M, S]; ``targets`` are [N, M], or None."""
-        raise NotImplementedError
 
 
 def map_size(size: str | int | Sequence[int], grid: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...]:
