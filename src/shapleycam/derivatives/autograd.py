@@ -11,6 +11,8 @@ Reverse over forward is missing on purpose: torch computes it wrongly through La
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +27,29 @@ from ..model.pooled_linear import Outdated
 from .terms import Derivatives, Request
 
 # Torch has one dual level for the whole process; two threads cannot be inside it at once.
-DUAL_LEVEL = threading.Lock()
+_DUAL_LEVEL = threading.Lock()
+_inside: list[int] = []  # the thread that is
+
+
+@contextmanager
+def dual_level(engine: str) -> Iterator[None]:
+    """Torch's one dual level, for this thread alone.
+
+    Raises:
+        DerivativeError: this thread is in it already. A head that explains something itself would wait for ever.
+    """
+    if threading.get_ident() in _inside:
+        raise DerivativeError(
+            f"Engine {engine} cannot run inside a head that is itself differentiated in forward mode. Use "
+            "engine='reverse_over_reverse' for one of the two explainers."
+        )
+    with _DUAL_LEVEL:
+        _inside.append(threading.get_ident())
+        try:
+            with forward_ad.dual_level():
+                yield
+        finally:
+            _inside.clear()
 
 
 class ConstantsStay(TorchFunctionMode):
@@ -187,8 +211,8 @@ def forward_over_reverse(request: Request) -> Derivatives:
 
         # Whatever the caller switched off, forward mode among it, is on in there.
         fresh = torch.inference_mode(False)
-        level = one.capture(gradients=True, tangent=tangent)
-        with fresh, DUAL_LEVEL, forward_ad.dual_level(), ConstantsStay(), level as capture:
+        capturing = one.capture(gradients=True, tangent=tangent)
+        with fresh, dual_level("forward_over_reverse"), ConstantsStay(), capturing as capture:
             try:
                 outputs = capture.run(one.inputs)
                 found = one.start(capture, outputs, "forward_over_reverse")

@@ -11,9 +11,7 @@ Whether the head is such a one is read off its graph in every call, and the two 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
-from torch.overrides import TorchFunctionMode
 
 from ..errors import DerivativeError, ShapleyCamError
 from . import features
-from .autograd import DUAL_LEVEL, explain, still
+from .autograd import ConstantsStay, dual_level, explain, still
 from .closed_form import logit_derivatives
 from .terms import Derivatives, Request, Terms
 
@@ -78,7 +75,7 @@ def gauss_newton(request: Request) -> Derivatives:
 
     def tangent(activations: Tensor) -> Tensor:
         # Behind the trunk, so that other threads wait for the head alone.
-        level.enter_context(_dual_level())
+        level.enter_context(dual_level("gauss_newton"))
         level.enter_context(_ByWeights())
         layout = request.layout_of(name, module, activations, request.inputs.images)
         directions.append(request.direction(layout, activations))
@@ -114,27 +111,6 @@ def gauss_newton(request: Request) -> Derivatives:
     values = request.values(found.outputs, found.targets, found.logits) if request.with_baseline else []
     request.add_baseline(found, values)
     return found
-
-
-_owner: list[int] = []
-
-
-@contextmanager
-def _dual_level() -> Iterator[None]:
-    """Torch's one dual level, for this thread.
-
-    Raises:
-        DerivativeError: this thread is in it already: a head that explains something itself would wait for ever.
-    """
-    if _owner and _owner[0] == threading.get_ident():
-        raise DerivativeError("Engine gauss_newton cannot run within its own head. Use engine='reverse_over_reverse' in one.")
-    with DUAL_LEVEL:
-        _owner.append(threading.get_ident())
-        try:
-            with forward_ad.dual_level():
-                yield
-        finally:
-            _owner.clear()
 
 
 _GRADIENTS = {F.conv1d: conv1d_input, F.conv2d: conv2d_input, F.conv3d: conv3d_input}
@@ -177,22 +153,18 @@ class _Weigh(torch.autograd.Function):
         return found, None, None, None, None
 
 
-class _ByWeights(TorchFunctionMode):
-    """Linear layers and convolutions as :class:`_Weigh`, and no tangents where gradients are off.
+class _ByWeights(ConstantsStay):
+    """Linear layers and convolutions as :class:`_Weigh`.
 
-    Torch's own forward mode copies the transposed weight of a linear layer, and records a graph of the tangents; and what is
-    computed under ``no_grad`` is a constant to the reverse pass, so it must be one to the forward pass.
+    Torch's own forward mode copies the transposed weight of a linear layer, and records a graph of the tangents.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not torch.is_grad_enabled():
-            with forward_ad._set_fwd_grad_enabled(False):
-                return func(*args, **(kwargs or {}))
-        if func is F.linear or func in _GRADIENTS:
+        if torch.is_grad_enabled() and (func is F.linear or func in _GRADIENTS):
             bound = _bound(func, *args, **(kwargs or {}))
             if bound is not None:
                 return _Weigh.apply(*bound)
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _bound(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Any:
