@@ -11,6 +11,25 @@ from rich.console import Console
 from rich.markup import escape
 
 from .._version import __version__
+from .options import (
+    Backend,
+    Baseline,
+    Classes,
+    Device,
+    Engine,
+    Json,
+    Layer,
+    Layers,
+    Method,
+    Model,
+    Nodes,
+    Out,
+    Utility,
+    Weights,
+    number_of_nodes,
+    numbers,
+    several,
+)
 
 app = typer.Typer(
     help="Shapley-value-based class activation maps (arXiv 2501.06261).",
@@ -74,48 +93,6 @@ def _show_warning(
     _stderr.print(f"[yellow]warning:[/] {escape(where + str(message))}")
 
 
-Model = Annotated[str, typer.Option(help="efficientnet-lite0, or a torchvision or timm name (timm/NAME picks the library).")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Backend = Annotated[str, typer.Option(help="auto, cuda, triton, native or torch; an explicit choice never falls back.")]
-Engine = Annotated[
-    str,
-    typer.Option(
-        help="Derivative engine: auto, closed_form, gauss_newton, reverse_over_reverse, forward_over_reverse, quadrature, "
-        "midpoint."
-    ),
-]
-Nodes = Annotated[
-    str | None,
-    typer.Option(metavar="N|auto", help="With --engine quadrature: gradients along the path, 1 to 32; 4 if not given."),
-]
-Baseline = Annotated[str, typer.Option(help="What the content is counted from: zero, or mean over the positions.")]
-Out = Annotated[Path, typer.Option(help="Folder for the pictures; made if it is missing.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of a table.")]
-
-
-def _number_of_nodes(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a whole number nor 'auto'.", param_hint="--nodes") from None
-
-
-def _several(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in _several(text))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise typer.BadParameter(f"{text!r}: expected whole numbers from 1, with commas between them.", param_hint=option)
-    return found
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"shapleycam {__version__}")
@@ -142,13 +119,11 @@ def explain(
         ),
     ],
     model: Model = "efficientnet-lite0",
-    weights: Annotated[
-        str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
-    ] = None,
-    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
-    layer: Annotated[list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")] = None,
-    method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
-    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    weights: Weights = None,
+    classes: Classes = None,
+    layer: Layers = None,
+    method: Method = "shapleycam",
+    utility: Utility = "rest",
     engine: Engine = "auto",
     nodes: Nodes = None,
     baseline: Baseline = "zero",
@@ -181,7 +156,7 @@ def explain(
         method=method,
         utility=utility,
         engine=engine,
-        nodes=_number_of_nodes(nodes),
+        nodes=number_of_nodes(nodes),
         baseline=baseline,
         backend=backend,
         target=target,
@@ -212,12 +187,12 @@ def evaluate(
         str | None,
         typer.Option(help="A state_dict file or a set of torchvision's; with --paper-table, a folder of such files."),
     ] = None,
-    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
+    classes: Classes = None,
     methods: Annotated[
         str | None, typer.Option(help="Names with commas between them; the paper's eleven otherwise.", show_default=False)
     ] = None,
-    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
-    layer: Annotated[list[str] | None, typer.Option(help="Target layer, such as layer4.2; repeat to average several.")] = None,
+    utility: Utility = "rest",
+    layer: Layers = None,
     engine: Engine = "auto",
     nodes: Nodes = None,
     baseline: Baseline = "zero",
@@ -254,7 +229,7 @@ def evaluate(
         utility=utility,
         layer=tuple(layer) if layer else "auto",
         engine=engine,
-        nodes=_number_of_nodes(nodes),
+        nodes=number_of_nodes(nodes),
         baseline=baseline,
         backend=backend,
         seed=seed,
@@ -292,13 +267,11 @@ def attribute(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the result; what is done there is not done again.")],
     model: Model = "efficientnet-lite0",
-    weights: Annotated[
-        str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
-    ] = None,
-    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
-    layer: Annotated[str, typer.Option(help="Target layer, such as layer4.2.")] = "auto",
-    method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
-    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    weights: Weights = None,
+    classes: Classes = None,
+    layer: Layer = "auto",
+    method: Method = "shapleycam",
+    utility: Utility = "rest",
     engine: Engine = "auto",
     nodes: Nodes = None,
     baseline: Baseline = "zero",
@@ -353,7 +326,7 @@ def attribute(
         method=method,
         utility=utility,
         engine="auto" if engine == "ray" else engine,
-        nodes=_number_of_nodes(nodes),
+        nodes=number_of_nodes(nodes),
         baseline=baseline,
         backend=backend,
         target=target,
@@ -402,13 +375,11 @@ def export(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="What to write, ending in .onnx or .pt2.", show_default=False)],
     format: Annotated[str, typer.Option(help="onnx, pt2 or aoti; auto goes by the ending.")] = "auto",
     model: Model = "efficientnet-lite0",
-    weights: Annotated[
-        str | None, typer.Option(help="A state_dict file, or a set of torchvision's, such as IMAGENET1K_V1.")
-    ] = None,
-    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
-    layer: Annotated[str, typer.Option(help="Target layer, such as layer4.2.")] = "auto",
-    method: Annotated[str, typer.Option(help="shapleycam, shapleycam-h, gradcam, layercam, …")] = "shapleycam",
-    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    weights: Weights = None,
+    classes: Classes = None,
+    layer: Layer = "auto",
+    method: Method = "shapleycam",
+    utility: Utility = "rest",
     engine: Engine = "auto",
     nodes: Nodes = None,
     baseline: Baseline = "zero",
@@ -450,7 +421,7 @@ def export(
         method=method,
         utility=utility,
         engine=engine,
-        nodes=_number_of_nodes(nodes),
+        nodes=number_of_nodes(nodes),
         baseline=baseline,
         targets=targets,
         maps=maps,
@@ -477,16 +448,16 @@ def demo(out: Out = Path("shapleycam-out/demo"), device: Device = "auto", backen
 @app.command()
 def profile(
     model: Annotated[str, typer.Option(help="As for explain; several with commas between them.")] = "efficientnet-lite0",
-    weights: Annotated[str | None, typer.Option(help="As for explain; 'random' for seeded ones, which cost the same.")] = None,
+    weights: Weights = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "1,8",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; several with commas.")] = "float32",
     layout: Annotated[str, typer.Option(help="Of the memory: NCHW, NHWC, or both with a comma.")] = "NCHW",
     engine: Annotated[str, typer.Option(help="Derivative engines, with commas between them.")] = "auto",
     backend: Annotated[str, typer.Option(help="Operator backends, with commas between them.")] = "auto",
     mode: Annotated[str, typer.Option(help="eager, compiled, captured (CUDA graphs), exported (ONNX); several.")] = "eager",
-    layer: Annotated[str, typer.Option(help="Target layer.")] = "auto",
-    method: Annotated[str, typer.Option(help="As for explain.")] = "shapleycam",
-    utility: Annotated[str, typer.Option(help="rest, logit, probability or log_probability.")] = "rest",
+    layer: Layer = "auto",
+    method: Method = "shapleycam",
+    utility: Utility = "rest",
     size: Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the model's own if not given.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds in which all cases take turns.")] = 20,
     device: Device = "auto",
@@ -510,17 +481,17 @@ def profile(
     if compare is not None:
         return run_compare(*compare, threshold, _results())
     options = Options(
-        models=_several(model),
+        models=several(model),
         weights=weights,
         layer=layer,
         method=method,
         utility=utility,
-        batches=_numbers(batch, "--batch"),
-        dtypes=_several(dtype),
-        layouts=_several(layout),
-        engines=_several(engine),
-        backends=_several(backend),
-        modes=_several(mode),
+        batches=numbers(batch, "--batch"),
+        dtypes=several(dtype),
+        layouts=several(layout),
+        engines=several(engine),
+        backends=several(backend),
+        modes=several(mode),
         size=size,
         rounds=rounds,
         device=device,
@@ -539,8 +510,8 @@ def serve(
         Path | None, typer.Option(help="A TOML file: several models, limits, a token (docs/production.md).", show_default=False)
     ] = None,
     model: Annotated[str | None, typer.Option(help="As for explain; efficientnet-lite0 if not given.")] = None,
-    weights: Annotated[str | None, typer.Option(help="A state_dict file, or a set of torchvision's.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="A file of class names, one a line.")] = None,
+    weights: Weights = None,
+    classes: Classes = None,
     layer: Annotated[str | None, typer.Option(help="Target layer, such as layer4.2.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, cuda, triton, native or torch.")] = None,
