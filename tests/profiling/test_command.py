@@ -34,6 +34,11 @@ def test_json_and_what_cannot_be(capfd):
     found = json.loads(out)
     assert [row["case"]["engine"] for row in found["rows"]] == ["auto"]
     assert "left out" in err and "pool-and-linear" in err
+    assert (
+        run(["profile", "--model", "swin_t", "--weights", "random", "--size", "300000", "--batch", "1", "--rounds", "3"]) == 1
+    )
+    _, err = capfd.readouterr()
+    assert "left out" in err and "Traceback" not in err
 
 
 @pytest.mark.slow

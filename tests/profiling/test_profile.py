@@ -185,6 +185,8 @@ def test_bad_input(x):
         profile(explainer, x, rounds=2)
     with pytest.raises(InputError, match=r"got 3\.5"):
         profile(explainer, x, rounds=3.5)
+    with pytest.raises(InputError, match="images must be a torch.Tensor, got list"):
+        profile(explainer, [1])
     with pytest.raises(InputError, match="nothing to profile"):
         profile_cases([])
     with pytest.raises(InputError, match="on one device, got cpu, meta"):
@@ -200,7 +202,10 @@ def test_it_can_be_saved_and_read(tmp_path, x):
     found = profile(Explainer(toy()), x, rounds=3)
     assert load(found.save(tmp_path / "p.json")) == found
     file = tmp_path / "other.json"
+    odd = json.loads((tmp_path / "p.json").read_text())
+    odd["rows"][0]["forward"].pop()
     for content, message in (
+        (json.dumps(odd), "no JSON document.*not as many"),
         ("{", "no JSON document"),
         ("[]", "no JSON document"),
         (json.dumps({"kind": "shapleycam profile", "layout": 99, "rows": []}), "no profile of layout 1"),

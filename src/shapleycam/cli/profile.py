@@ -108,14 +108,15 @@ def _cases(options: Options, device: torch.device, notes: Console) -> tuple[list
         ):
             told = (classifier.name, batch, dtype, layout, engine, backend, mode)
             names = dict(zip(("model", "batch", "dtype", "layout", "engine", "backend", "mode"), told, strict=True))
-            generator = torch.Generator().manual_seed(0)
-            images = torch.randn(batch, 3, *side, generator=generator).to(device, DTYPES[dtype])
-            images = images.contiguous(memory_format=LAYOUTS[layout])
             try:
+                generator = torch.Generator().manual_seed(0)
+                images = torch.randn(batch, 3, *side, generator=generator).to(device, DTYPES[dtype])
+                images = images.contiguous(memory_format=LAYOUTS[layout])
                 explainer = Explainer(model, options.layer, options.method, options.utility, engine=engine, backend=backend)
                 explainer.prepare(images)
                 call = _call(explainer, images, mode)
-            except ShapleyCamError as error:
+            except (ShapleyCamError, RuntimeError, AssertionError, ValueError) as error:
+                # A model may refuse a size or a dtype in words of its own, and a size may not fit the memory.
                 left_out.append(f"{' '.join(map(str, names.values()))}: {error}")
                 continue
             cases.append(Case(explainer, images, None, names, call, options.display, options.overlay))

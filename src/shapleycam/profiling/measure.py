@@ -70,9 +70,10 @@ def profile(
         A profile with one row.
 
     Raises:
-        InputError: fewer than 3 rounds; otherwise as the explainer.
+        InputError: fewer than 3 rounds, or a trace that cannot be written; otherwise as the explainer.
     """
-    case = Case(explainer, images, targets, {"batch": images.shape[0]}, None, display, overlay, to_host)
+    count = explainer.inputs(images).images.shape[0]
+    case = Case(explainer, images, targets, {"batch": count}, None, display, overlay, to_host)
     return profile_cases([case], rounds=rounds, trace=trace)
 
 
@@ -101,6 +102,8 @@ def profile_cases(
         raise InputError(f"rounds must be 3 or more, got {rounds}: a median of fewer says nothing.")
     if trace is not None and (Path(trace).is_dir() or not Path(trace).parent.is_dir()):
         raise InputError(f"The trace cannot be written to {trace}: give a file in a folder that exists.")
+    for case in cases:
+        case.explainer.inputs(case.images)  # the explainer's own check of what it is given
     devices = {case.images.device for case in cases}
     if len(devices) > 1:
         raise InputError(f"The cases of one profile are on one device, got {', '.join(sorted(map(str, devices)))}.")

@@ -143,14 +143,15 @@ def load(path: str | PathLike[str]) -> Profile:
             raise InputError(f"{path} is no profile of layout {LAYOUT}: measure again with this version.")
         rows = []
         for entry in content["rows"]:
+            forward, explanation = _samples(entry["forward"], entry["explanation"])
             stages = tuple(Stage(told["name"], tuple(told["seconds"]), told["bytes"]) for told in entry["stages"])
             rows.append(
                 Row(
-                    entry["case"],
+                    dict(entry["case"]),
                     entry["engine"],
                     entry["backend"],
-                    tuple(entry["forward"]),
-                    tuple(entry["explanation"]),
+                    forward,
+                    explanation,
                     stages,
                     entry["copy"],
                     tuple(entry["operators"]),
@@ -162,3 +163,10 @@ def load(path: str | PathLike[str]) -> Profile:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no JSON document of `shapleycam profile --json`: {error!r}.") from error
+
+
+def _samples(*columns: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    found = tuple(tuple(float(value) for value in column) for column in columns)
+    if len({len(column) for column in found}) != 1 or not found[0]:
+        raise ValueError("forward passes and explanations are not as many")
+    return found
