@@ -2,6 +2,10 @@
 
 import os
 
+# Two processes of the suite share two cores; and the processes that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Without a GPU, Triton kernels run under the interpreter, and count as Triton. This must be set before Triton is imported.
 import torch
 
