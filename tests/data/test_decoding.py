@@ -2,6 +2,8 @@
 
 import io
 import random
+import struct
+import zlib
 
 import pytest
 import torch
@@ -86,6 +88,73 @@ def test_all_see_the_same_picture(name, decoder):
     assert int(off.max()) <= (0 if decoder == "exact" else 1)
     whole = Preprocess((min(expected.size),) * 2, min(expected.size), "bilinear")  # no resize: what was decoded, and no other
     assert torch.equal(Decoder(whole, decoder)(PICTURES[name], name).view, whole.view(expected))
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(*chunks, behind=False):
+    """Chunks in front of the pixels, or behind them."""
+    content = PICTURES["png"]
+    at = len(content) - 12 if behind else 33
+    return content[:at] + b"".join(chunks) + content[at:]
+
+
+def jpeg_with(*segments):
+    """Segments APP1."""
+    parts = [b"\xff\xe1" + struct.pack(">H", len(each) + 2) + each for each in segments]
+    return PICTURES["jpeg"][:2] + b"".join(parts) + PICTURES["jpeg"][2:]
+
+
+def exif(turn, kind=3, order=">", count=1):
+    """Exif with nothing but an orientation, of any type: TIFF's 1 is a byte, 3 has 16 bits, 4 has 32."""
+    value = struct.pack(order + {1: "B3x", 3: "H2x", 4: "I"}[kind], turn)
+    head = (b"MM" if order == ">" else b"II") + struct.pack(order + "HIHHHI", 42, 8, 1, 0x0112, kind, count)
+    return b"Exif\0\0" + head + value + bytes(4)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+ADOBE = b"http://ns.adobe.com/xap/1.0/\0"
+RAW = f"\nexif\n{len(exif(6)):8}\n{exif(6).hex()}\n".encode()
+#: pictures whose orientation one decoder sees and another may not
+ORIENTED = {
+    "png, xmp": png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
+    "png, xmp in a plain text": png_with(chunk(b"tEXt", b"XML:com.adobe.xmp\0" + XMP)),
+    "png, exif in a compressed text": png_with(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW))),
+    "png, exif in a plain text": png_with(chunk(b"tEXt", b"Raw profile type exif\0" + RAW)),
+    "png, exif": png_with(chunk(b"eXIf", exif(6)[6:])),
+    "png, exif behind the pixels": png_with(chunk(b"eXIf", exif(6)[6:]), behind=True),
+    "jpeg, xmp": jpeg_with(ADOBE + XMP),
+    "jpeg, exif twice": jpeg_with(exif(1), exif(6)),
+    **{
+        f"jpeg, exif {order}{kind}{count}": jpeg_with(exif(6, kind, order, count))
+        for order, kind, count in ((">", 4, 1), ("<", 1, 1), ("<", 4, 2), (">", 1, 1))
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning")  # Pillow's, of what is not as it should be
+@pytest.mark.parametrize("name", ORIENTED)
+def test_an_orientation_that_not_all_decoders_see_is_pillow_s(name):
+    whole = Preprocess((43, 43), 43, "bilinear")
+    expected = read_image(io.BytesIO(ORIENTED[name]), name)
+    assert simple(ORIENTED[name]) is None
+    found = Decoder(whole, "auto")(ORIENTED[name], name)
+    assert (found.width, found.height) == expected.size and torch.equal(found.view, whole.view(expected))
+    assert expected.size == (
+        (61, 43) if name in ("jpeg, exif twice", "jpeg, exif <11", "jpeg, exif <42", "jpeg, exif >11") else (43, 61)
+    )
+
+
+def test_what_says_nothing_of_the_orientation_stays_fast():
+    assert (
+        simple(jpeg_with(ADOBE + b"<x:xmpmeta/>"))
+        and simple(jpeg_with(exif(6), ADOBE + b"<x/>"))
+        and simple(jpeg_with(exif(6, 3, "<")))
+    )
+    assert simple(png_with(chunk(b"tEXt", b"Software\0x"), chunk(b"gAMA", struct.pack(">I", 45455)), chunk(b"pHYs", bytes(9))))
+    assert simple(PICTURES["png"][:-12]) is None and simple(PICTURES["jpeg"][:200]) is None  # cut: Pillow has the words
 
 
 def test_torchcodec_is_asked_where_it_can_be_trusted():

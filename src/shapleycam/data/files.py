@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,7 +18,11 @@ from ..optional import need
 
 
 class Found(NamedTuple):
-    """A file below a folder: its path relative to it with forward slashes, its bytes (-1: unknown), and when it was changed."""
+    """A file below a folder: its path relative to it with forward slashes, its bytes (-1: unknown), and when it was changed.
+
+    ``changed`` is in nanoseconds; of a remote file it is a number made of what its store says (ETag, time of change); 0 is
+    for unknown.
+    """
 
     path: str
     size: int
@@ -37,7 +45,12 @@ class Files(ABC):
         """
 
     @abstractmethod
-    def open(self, path: str) -> BinaryIO: ...
+    def open(self, path: str) -> BinaryIO:
+        """A file to read.
+
+        Raises:
+            InputError: it cannot be opened.
+        """
 
     @abstractmethod
     def find(self, path: str) -> Found | None:
@@ -45,6 +58,20 @@ class Files(ABC):
 
     @abstractmethod
     def is_folder(self, path: str) -> bool: ...
+
+    def check_listed(self, path: str, size: int, changed: int) -> None:
+        """Compare a file with what it was when it was listed; what is not known (-1 and 0) is not compared, nor what is gone.
+
+        Raises:
+            InputError: it has another size, or was changed.
+        """
+        now = self.find(path)
+        if now is None:  # whoever reads it says so
+            return
+        if 0 <= size != now.size >= 0:
+            raise InputError(f"{shown(path)} is not what was listed: it has {now.size} bytes, and had {size}.")
+        if changed and now.changed and changed != now.changed:
+            raise InputError(f"{shown(path)} is not what was listed: it was changed since.")
 
     def join(self, folder: str, path: str) -> str:
         return f"{folder.rstrip('/')}/{path}" if folder.strip("/") else f"{folder}{path}"
@@ -96,7 +123,10 @@ class LocalFiles(Files):
         return content
 
     def open(self, path: str) -> BinaryIO:
-        return open(path, "rb")
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise InputError(f"{shown(path)} cannot be read: {error.strerror or error}.") from error
 
     def find(self, path: str) -> Found | None:
         try:
@@ -119,43 +149,54 @@ class RemoteFiles(Files):
 
     def __init__(self, system: Any, protocol: str) -> None:
         self.system, self.protocol = system, protocol
+        self._checked: set[tuple[str, int, int]] = set()
+
+    def check_listed(self, path: str, size: int, changed: int) -> None:
+        if (path, size, changed) not in self._checked:  # once: it is a request to the store
+            super().check_listed(path, size, changed)
+            self._checked.add((path, size, changed))
+
+    @contextmanager
+    def _asking(self, path: str) -> Iterator[None]:
+        """Every file system has errors of its own."""
+        try:
+            yield
+        except Exception as error:
+            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
 
     def walk(self, folder: str, *, recursive: bool = True) -> Iterator[Found]:
-        try:
+        with self._asking(folder):
             listing = self.system.find(folder, maxdepth=None if recursive else 1, detail=True)
-        except Exception as error:  # every file system has its own
-            raise InputError(f"{self.protocol}://{folder} cannot be read: {type(error).__name__}: {error}.") from error
         start = folder.strip("/")
         for name in sorted(listing):
             info = listing[name]
             relative = name.strip("/")[len(start) :].lstrip("/")
             if info.get("type", "file") == "file" and not any(part.startswith(".") for part in relative.split("/")):
-                yield Found(relative, _size(info), 0)
+                yield Found(relative, _size(info), _changed(info))
 
     def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
-        try:
+        with self._asking(path):
             content: bytes = self.system.cat_file(path, start=start or None, end=None if length < 0 else start + length)
-        except Exception as error:
-            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
         if 0 <= length != len(content):
             raise InputError(f"{self.protocol}://{path} ends before byte {start + length}: was it changed since it was listed?")
         return content
 
     def open(self, path: str) -> BinaryIO:
-        file: BinaryIO = self.system.open(path, "rb")
+        with self._asking(path):
+            file: BinaryIO = self.system.open(path, "rb")
         return file
 
     def find(self, path: str) -> Found | None:
-        try:
-            info = self.system.info(path)
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
-        return Found(path, _size(info), 0) if info.get("type", "file") == "file" else None
+        with self._asking(path):
+            try:
+                info = self.system.info(path)
+            except FileNotFoundError:
+                return None
+        return Found(path, _size(info), _changed(info)) if info.get("type", "file") == "file" else None
 
     def is_folder(self, path: str) -> bool:
-        return bool(self.system.isdir(path))
+        with self._asking(path):
+            return bool(self.system.isdir(path))
 
 
 def files_of(address: str) -> tuple[Files, str]:
@@ -175,6 +216,44 @@ def files_of(address: str) -> tuple[Files, str]:
     except (ValueError, ImportError, OSError) as error:
         raise InputError(f"{address}: fsspec cannot open it: {error}") from error
     return RemoteFiles(system, protocol), str(path)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a relative path matches a pattern: ``*``, ``?``, ``[]``, ``**`` for any folders, ``{a,b}``, ``{00..19}``.
+
+    A last ``**`` stands for all files below.
+    """
+    return _compiled(pattern).fullmatch(path) is not None
+
+
+@lru_cache(maxsize=8)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(_glob, _braces(pattern))), re.DOTALL)
+
+
+def _glob(pattern: str) -> str:
+    said = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
+    parts = []
+    if pattern == "**" or pattern.endswith("/**"):
+        pattern += "/*"
+    for token in re.findall(r"\*\*/|\*|\?|\[!?\]?[^]]*\]|.", pattern, re.DOTALL):
+        if token in said:
+            parts.append(said[token])
+        elif len(token) > 1:  # a choice of characters
+            parts.append("[" + token[1:-1].replace("\\", r"\\").replace("!", "^", token[1] == "!") + "]")
+        else:
+            parts.append(re.escape(token))
+    return "".join(parts)
+
+
+def _braces(pattern: str) -> list[str]:
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+    choices = [f"{n:0{len(span[1])}}" for n in numbers] if span else found[1].split(",")
+    return [one for choice in choices for one in _braces(pattern[: found.start()] + choice + pattern[found.end() :])]
 
 
 def shown(path: str) -> str:
@@ -218,3 +297,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _size(info: dict[str, Any]) -> int:
     size = info.get("size")
     return -1 if size is None else int(size)
+
+
+_VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "modified", "updated", "created")
+
+
+def _changed(info: dict[str, Any]) -> int:
+    """63 bits of the first thing that a store says of a file's version; 0 if it says nothing."""
+    said = next((info[name] for name in _VERSIONS if info.get(name)), None)
+    return 0 if said is None else int.from_bytes(hashlib.blake2b(str(said).encode(), digest_size=8).digest(), "little") >> 1

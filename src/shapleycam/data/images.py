@@ -56,7 +56,7 @@ def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None, *,
             check_pixels(picture.width, picture.height, max_pixels, name)
             picture.load()
             upright = ImageOps.exif_transpose(picture)
-        return _rgb(upright)
+        return _rgb(upright, picture.format)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -122,10 +122,10 @@ def image_endings() -> frozenset[str]:
     return frozenset(image.registered_extensions())
 
 
-def _rgb(picture: Image) -> Image:
+def _rgb(picture: Image, form: str | None) -> Image:
     from PIL import Image
 
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", None)):
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and form in ("PNG", "PPM")):
         # 65535 is white; adding a half rounds to the nearest level where convert("L") truncates.
         wide = picture.convert("I")
         return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
