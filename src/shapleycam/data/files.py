@@ -37,11 +37,16 @@ class Files(ABC):
         """The files in a folder, hidden ones left out, in the order of their relative paths."""
 
     @abstractmethod
-    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+    def read(self, path: str, start: int = 0, length: int = -1, *, size: int = -1, changed: int = 0) -> bytes:
         """The bytes of a file, or of a piece of it; from any thread.
 
+        Args:
+            path: the file.
+            start, length: the piece; -1 for all that is behind ``start``.
+            size, changed: as the file was listed; -1 and 0 where that is not known, or shall not matter.
+
         Raises:
-            InputError: it is gone, no regular file, cannot be read, or ends before the piece does.
+            InputError: it is gone, no regular file, cannot be read, ends before the piece does, or is not what was listed.
         """
 
     @abstractmethod
@@ -60,18 +65,13 @@ class Files(ABC):
     def is_folder(self, path: str) -> bool: ...
 
     def check_listed(self, path: str, size: int, changed: int) -> None:
-        """Compare a file with what it was when it was listed; what is not known (-1 and 0) is not compared, nor what is gone.
+        """Compare a file with what it was when it was listed, as :meth:`read` does; nothing is said of one that is gone.
 
         Raises:
             InputError: it has another size, or was changed.
         """
-        now = self.find(path)
-        if now is None:  # whoever reads it says so
-            return
-        if 0 <= size != now.size >= 0:
-            raise InputError(f"{shown(path)} is not what was listed: it has {now.size} bytes, and had {size}.")
-        if changed and now.changed and changed != now.changed:
-            raise InputError(f"{shown(path)} is not what was listed: it was changed since.")
+        if (now := self.find(path)) is not None:  # else whoever reads it says so
+            _refuse_other(path, now.size, now.changed, size, changed)
 
     def join(self, folder: str, path: str) -> str:
         return f"{folder.rstrip('/')}/{path}" if folder.strip("/") else f"{folder}{path}"
@@ -106,13 +106,15 @@ class LocalFiles(Files):
             if stat.S_ISREG(at.st_mode):
                 yield Found(prefix + name, at.st_size, at.st_mtime_ns)
 
-    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+    def read(self, path: str, start: int = 0, length: int = -1, *, size: int = -1, changed: int = 0) -> bytes:
         try:
             # Without waiting: what was a file when it was listed may be a pipe now, whose opening would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
             with open(descriptor, "rb", buffering=0) as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                at = os.fstat(descriptor)
+                if not stat.S_ISREG(at.st_mode):
                     raise InputError(f"{shown(path)} is no regular file.")
+                _refuse_other(path, at.st_size, at.st_mtime_ns, size, changed)
                 if start:
                     file.seek(start)
                 content: bytes = file.read() if length < 0 else file.read(length)
@@ -174,11 +176,15 @@ class RemoteFiles(Files):
             if info.get("type", "file") == "file" and not any(part.startswith(".") for part in relative.split("/")):
                 yield Found(relative, _size(info), _changed(info))
 
-    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+    def read(self, path: str, start: int = 0, length: int = -1, *, size: int = -1, changed: int = 0) -> bytes:
+        if length >= 0:  # of a file of its own only the size is compared, which needs no request
+            self.check_listed(path, size, changed)
         with self._asking(path):
             content: bytes = self.system.cat_file(path, start=start or None, end=None if length < 0 else start + length)
         if 0 <= length != len(content):
             raise InputError(f"{self.protocol}://{path} ends before byte {start + length}: was it changed since it was listed?")
+        if length < 0:
+            _refuse_other(path, start + len(content), 0, size, changed)
         return content
 
     def open(self, path: str) -> BinaryIO:
@@ -285,6 +291,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _refuse_other(path: str, now_size: int, now_changed: int, size: int, changed: int) -> None:
+    """Raise InputError for a file that is not what was listed, by what is known then and now."""
+    if 0 <= size != now_size >= 0:
+        raise InputError(f"{shown(path)} is not what was listed: it has {now_size} bytes, and had {size}.")
+    if changed and now_changed and changed != now_changed:
+        raise InputError(f"{shown(path)} is not what was listed: it was changed since.")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -108,9 +108,7 @@ class Tables(Source):
                 raise InputError(f"{entry.key} is not what was listed: the table held a path.")
             return content
         files, place = place_of(content, self.files, self._folder_of(entry.path))
-        if own:
-            files.check_listed(place, entry.length, entry.changed)
-        return files.read(place)
+        return files.read(place, size=entry.length, changed=entry.changed if own else 0)
 
     def _cell(self, pieces: _Pieces, entry: Entry) -> Any:
         """What the image column holds; whoever reads its piece keeps only those waiting who want the same one."""
