@@ -303,7 +303,7 @@ def attribute(
     label_column: Annotated[str | None, typer.Option(help="Of tables: labels.")] = None,
     scheduler: Annotated[str, typer.Option(help="local, or ray (--engine ray is the same).")] = "local",
     address: Annotated[str | None, typer.Option(help="With ray: of the cluster; without, one is started here.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget what is in the folder.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what this command wrote to the folder.")] = False,
     json: Json = False,
 ) -> int:
     """Explain every picture of a data set; `shapleycam maps` shows the result.
