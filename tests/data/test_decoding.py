@@ -203,6 +203,57 @@ def test_the_box_is_what_the_crop_shows():
     assert (right - left, bottom - top) == (pytest.approx(200 * width / 341), pytest.approx(224 * height / 256))
 
 
+def ramps(size):
+    """Red rises with x and green with y: a crop's values say where it was taken."""
+    across = torch.linspace(0, 255, size[0])[None].expand(size[1], -1)
+    down = torch.linspace(0, 255, size[1])[:, None].expand(-1, size[0])
+    grain = torch.randn(size[1], size[0], 3, generator=torch.Generator().manual_seed(0)) * 4
+    return to_picture((torch.stack((across, down, across), 2) + grain).round().clamp(0, 255).byte())
+
+
+@pytest.mark.parametrize(
+    ("size", "part"), [((110, 900), 1), ((112, 900), 2), ((904, 224), 4), ((601, 456), 1), ((600, 456), 8), ((1000, 498), 2)]
+)
+@pytest.mark.parametrize(
+    ("turn", "how"), [(1, {}), (2, {}), (3, {}), (6, {}), (7, {}), (1, {"progressive": True}), (8, {"subsampling": 0})]
+)
+def test_large_jpegs_are_reduced(size, part, turn, how, monkeypatch):
+    reduced = []
+    monkeypatch.setattr(
+        "shapleycam.data.decoding.read_image",
+        lambda *a, reduce=1, **k: reduced.append(reduce) or read_image(*a, reduce=reduce, **k),
+    )
+    tags = Image.Exif()
+    tags[0x0112] = turn
+    content = encoded(ramps(size), "JPEG", quality=90, exif=tags, **how)
+    found = Decoder(RECIPE, "scaled")(content, "a")
+    exact = Decoder(RECIPE, "exact")(content, "a")
+    assert [n for n in reduced if n > 1] == ([part] if part > 1 else [])
+    assert (found.width, found.height) == (exact.width, exact.height) == (size if turn < 5 else size[::-1])
+    off = (found.view.float() - exact.view.float()).flatten(1)
+    # The crop is where it was: a pixel's shift would be some nine levels of red and green.
+    assert off.abs().max() <= (1 if part == 1 else 8) and off.mean(1).abs().max() < 0.3
+
+
+def test_reduced_or_not_is_part_of_the_picture_only_for_jpegs():
+    for content in (encoded(ramps((904, 632)), "PNG"), encoded(ramps((904, 632)).convert("CMYK"), "JPEG")):
+        assert torch.equal(Decoder(RECIPE, "scaled")(content, "a").view, Decoder(RECIPE, "auto")(content, "a").view)
+    fixed = Preprocess((20, 24), (24, 30), "bilinear")  # a resize to a shape of its own, either way up
+    assert [fixed.reduction(*size) for size in ((60, 900), (118, 900), (120, 900), (121, 900), (900, 240), (5000, 480))] == [
+        1,
+        1,
+        2,
+        1,
+        4,
+        8,
+    ]
+    assert read_image(io.BytesIO(encoded(ramps((400, 300)), "JPEG")), reduce=4).size == (100, 75)
+    with pytest.raises(InputError, match="a has 904 × 632 pixels, more than the limit of 9"):
+        Decoder(RECIPE, "scaled", max_pixels=9)(encoded(ramps((904, 632)), "JPEG"), "a")
+    with pytest.raises(InputError, match="a cannot be read|truncated|damaged"):
+        Decoder(RECIPE, "scaled")(encoded(ramps((904, 632)), "JPEG")[:9000], "a")
+
+
 def bomb():
     """A PNG header of 30,000 × 30,000 pixels in front of a few bytes."""
     import zlib

@@ -53,7 +53,8 @@ class Folder:
         self.path, self._source, self._classifier, self._shard_size = path, source, classifier, shard_size
         self.key: dict[str, Any] = {
             **settings.key(),
-            "decoder": "exact" if settings.decoder == "exact" else "auto",  # torchcodec and Pillow give the same pixels
+            # torchcodec and Pillow give the same pixels
+            "decoder": settings.decoder if settings.decoder in ("exact", "scaled") else "auto",
             "model": classifier.name,
             "weights": classifier.fingerprint(),
             "classes": hashlib.sha256(json.dumps(classifier.classes).encode()).hexdigest(),  # a target's name means an index

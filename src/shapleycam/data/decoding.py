@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..optional import need
 from .images import MAX_PIXELS, Preprocess, check_pixels, pixels_of, read_image
 
-DECODERS = ("auto", "torchcodec", "pillow", "exact")
+DECODERS = ("auto", "torchcodec", "pillow", "exact", "scaled")
 
 
 class Decoded(NamedTuple):
@@ -43,8 +43,10 @@ class Decoder:
 
     Attributes:
         preprocess: how the network wants its pictures.
-        name: "torchcodec"; "pillow"; "auto", which is torchcodec where it is installed; or "exact", which also resizes by
-            Pillow, as :meth:`Preprocess.view` does, where the others' resize differs by up to one level of 255.
+        name: "torchcodec"; "pillow"; "auto", which is torchcodec where it is installed; "exact", which also resizes by
+            Pillow, as :meth:`Preprocess.view` does, where the others' resize differs by up to one level of 255; or "scaled",
+            which is "auto" but for large JPEGs: they are decoded at a half, a quarter or an eighth of their width and height
+            while twice that of the resize is left (:meth:`Preprocess.reduction`), and differ by a few levels.
         max_pixels: of the largest picture that is decoded.
 
     Raises:
@@ -74,10 +76,21 @@ class Decoder:
         if self.name == "exact":
             picture = read_image(io.BytesIO(content), name, max_pixels=self.max_pixels)
             return Decoded(self.preprocess.view(picture), picture.width, picture.height)
+        if self.name == "scaled" and (found := self._reduced(content, name)) is not None:
+            return found
         pixels = self._fast(content, name)
         if pixels is None:
             pixels = pixels_of(read_image(io.BytesIO(content), name, max_pixels=self.max_pixels))
         return Decoded(self.preprocess.view_of(pixels), pixels.shape[2], pixels.shape[1])
+
+    def _reduced(self, content: bytes, name: str) -> Decoded | None:
+        """By libjpeg's own reduction, of plain JPEGs that are large enough; None for all others."""
+        size = _simple_jpeg(content) if content[:3] == b"\xff\xd8\xff" else None
+        if size is None or (part := self.preprocess.reduction(*size)) == 1:
+            return None
+        picture = read_image(io.BytesIO(content), name, max_pixels=self.max_pixels, reduce=part)
+        width, height = sorted(size, reverse=picture.width > picture.height)
+        return Decoded(self.preprocess.view_of(pixels_of(picture), (width, height)), width, height)
 
     def _fast(self, content: bytes, name: str) -> Tensor | None:
         """By torchcodec; None where Pillow is to do it, which also finds the words for what is damaged."""
