@@ -280,6 +280,33 @@ def test_storage_that_hangs_ends_the_job(classifier, folder, tmp_path, monkeypat
         never.set()
 
 
+def test_files_that_come_back_do_not_count_as_hanging(classifier, folder, tmp_path, monkeypatch):
+    """Each comes back when the next but one is begun, so that three hang at once, at most, and seven in all."""
+    from shapleycam.attribute import feed
+
+    monkeypatch.setattr(feed, "_HANGING", 4)
+    monkeypatch.setattr(feed, "_TICK", 0.02)
+    source = open_source(folder)
+    names = [entry.key.rpartition("/")[2] for entry in source.entries()][8:15]
+    events = [threading.Event() for _ in range(len(names) + 2)]
+
+    def slow(n):
+        def wait():
+            events[n].set()
+            assert events[n + 2].wait(30)
+
+        return wait
+
+    sick = Sick(source.files, source.folder, source.address)
+    sick.sick = {name: slow(n) for n, name in enumerate(names)}
+    try:
+        outcome = attribute(classifier, sick, tmp_path / "maps", replace(SETTINGS, time_limit=0.2, threads=1))
+    finally:
+        for event in events:
+            event.set()
+    assert outcome.kinds["timeout"] >= len(names) == 7
+
+
 def test_nobody_is_left_when_it_is_over(classifier, folder, tmp_path):
     before = threading.active_count()
     for n in range(3):

@@ -2,6 +2,8 @@
 
 import io
 import random
+import struct
+import zlib
 
 import pytest
 import torch
@@ -88,6 +90,73 @@ def test_all_see_the_same_picture(name, decoder):
     assert torch.equal(Decoder(whole, decoder)(PICTURES[name], name).view, whole.view(expected))
 
 
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(*chunks, behind=False):
+    """Chunks in front of the pixels, or behind them."""
+    content = PICTURES["png"]
+    at = len(content) - 12 if behind else 33
+    return content[:at] + b"".join(chunks) + content[at:]
+
+
+def jpeg_with(*segments):
+    """Segments APP1."""
+    parts = [b"\xff\xe1" + struct.pack(">H", len(each) + 2) + each for each in segments]
+    return PICTURES["jpeg"][:2] + b"".join(parts) + PICTURES["jpeg"][2:]
+
+
+def exif(turn, kind=3, order=">", count=1):
+    """Exif with nothing but an orientation, of any type: TIFF's 1 is a byte, 3 has 16 bits, 4 has 32."""
+    value = struct.pack(order + {1: "B3x", 3: "H2x", 4: "I"}[kind], turn)
+    head = (b"MM" if order == ">" else b"II") + struct.pack(order + "HIHHHI", 42, 8, 1, 0x0112, kind, count)
+    return b"Exif\0\0" + head + value + bytes(4)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+ADOBE = b"http://ns.adobe.com/xap/1.0/\0"
+RAW = f"\nexif\n{len(exif(6)):8}\n{exif(6).hex()}\n".encode()
+#: pictures whose orientation one decoder sees and another may not
+ORIENTED = {
+    "png, xmp": png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
+    "png, xmp in a plain text": png_with(chunk(b"tEXt", b"XML:com.adobe.xmp\0" + XMP)),
+    "png, exif in a compressed text": png_with(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW))),
+    "png, exif in a plain text": png_with(chunk(b"tEXt", b"Raw profile type exif\0" + RAW)),
+    "png, exif": png_with(chunk(b"eXIf", exif(6)[6:])),
+    "png, exif behind the pixels": png_with(chunk(b"eXIf", exif(6)[6:]), behind=True),
+    "jpeg, xmp": jpeg_with(ADOBE + XMP),
+    "jpeg, exif twice": jpeg_with(exif(1), exif(6)),
+    **{
+        f"jpeg, exif {order}{kind}{count}": jpeg_with(exif(6, kind, order, count))
+        for order, kind, count in ((">", 4, 1), ("<", 1, 1), ("<", 4, 2), (">", 1, 1))
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning")  # Pillow's, of what is not as it should be
+@pytest.mark.parametrize("name", ORIENTED)
+def test_an_orientation_that_not_all_decoders_see_is_pillow_s(name):
+    whole = Preprocess((43, 43), 43, "bilinear")
+    expected = read_image(io.BytesIO(ORIENTED[name]), name)
+    assert simple(ORIENTED[name]) is None
+    found = Decoder(whole, "auto")(ORIENTED[name], name)
+    assert (found.width, found.height) == expected.size and torch.equal(found.view, whole.view(expected))
+    assert expected.size == (
+        (61, 43) if name in ("jpeg, exif twice", "jpeg, exif <11", "jpeg, exif <42", "jpeg, exif >11") else (43, 61)
+    )
+
+
+def test_what_says_nothing_of_the_orientation_stays_fast():
+    assert (
+        simple(jpeg_with(ADOBE + b"<x:xmpmeta/>"))
+        and simple(jpeg_with(exif(6), ADOBE + b"<x/>"))
+        and simple(jpeg_with(exif(6, 3, "<")))
+    )
+    assert simple(png_with(chunk(b"tEXt", b"Software\0x"), chunk(b"gAMA", struct.pack(">I", 45455)), chunk(b"pHYs", bytes(9))))
+    assert simple(PICTURES["png"][:-12]) is None and simple(PICTURES["jpeg"][:200]) is None  # cut: Pillow has the words
+
+
 def test_torchcodec_is_asked_where_it_can_be_trusted():
     served = {name for name, content in PICTURES.items() if simple(content)}
     assert served == {name for name in PICTURES if name.startswith("jpeg") and "cmyk" not in name} | {"png", "png grey"}
@@ -132,6 +201,57 @@ def test_the_box_is_what_the_crop_shows():
     assert float(view[1, 0, 100]) / 4 + 0.5 == pytest.approx(top, abs=0.5)
     assert float(view[1, -1, 100]) / 4 + 0.5 == pytest.approx(bottom, abs=0.5)
     assert (right - left, bottom - top) == (pytest.approx(200 * width / 341), pytest.approx(224 * height / 256))
+
+
+def ramps(size):
+    """Red rises with x and green with y: a crop's values say where it was taken."""
+    across = torch.linspace(0, 255, size[0])[None].expand(size[1], -1)
+    down = torch.linspace(0, 255, size[1])[:, None].expand(-1, size[0])
+    grain = torch.randn(size[1], size[0], 3, generator=torch.Generator().manual_seed(0)) * 4
+    return to_picture((torch.stack((across, down, across), 2) + grain).round().clamp(0, 255).byte())
+
+
+@pytest.mark.parametrize(
+    ("size", "part"), [((110, 900), 1), ((112, 900), 2), ((904, 224), 4), ((601, 456), 1), ((600, 456), 8), ((1000, 498), 2)]
+)
+@pytest.mark.parametrize(
+    ("turn", "how"), [(1, {}), (2, {}), (3, {}), (6, {}), (7, {}), (1, {"progressive": True}), (8, {"subsampling": 0})]
+)
+def test_large_jpegs_are_reduced(size, part, turn, how, monkeypatch):
+    reduced = []
+    monkeypatch.setattr(
+        "shapleycam.data.decoding.read_image",
+        lambda *a, reduce=1, **k: reduced.append(reduce) or read_image(*a, reduce=reduce, **k),
+    )
+    tags = Image.Exif()
+    tags[0x0112] = turn
+    content = encoded(ramps(size), "JPEG", quality=90, exif=tags, **how)
+    found = Decoder(RECIPE, "scaled")(content, "a")
+    exact = Decoder(RECIPE, "exact")(content, "a")
+    assert [n for n in reduced if n > 1] == ([part] if part > 1 else [])
+    assert (found.width, found.height) == (exact.width, exact.height) == (size if turn < 5 else size[::-1])
+    off = (found.view.float() - exact.view.float()).flatten(1)
+    # The crop is where it was: a pixel's shift would be some nine levels of red and green.
+    assert off.abs().max() <= (1 if part == 1 else 8) and off.mean(1).abs().max() < 0.3
+
+
+def test_reduced_or_not_is_part_of_the_picture_only_for_jpegs():
+    for content in (encoded(ramps((904, 632)), "PNG"), encoded(ramps((904, 632)).convert("CMYK"), "JPEG")):
+        assert torch.equal(Decoder(RECIPE, "scaled")(content, "a").view, Decoder(RECIPE, "auto")(content, "a").view)
+    fixed = Preprocess((20, 24), (24, 30), "bilinear")  # a resize to a shape of its own, either way up
+    assert [fixed.reduction(*size) for size in ((60, 900), (118, 900), (120, 900), (121, 900), (900, 240), (5000, 480))] == [
+        1,
+        1,
+        2,
+        1,
+        4,
+        8,
+    ]
+    assert read_image(io.BytesIO(encoded(ramps((400, 300)), "JPEG")), reduce=4).size == (100, 75)
+    with pytest.raises(InputError, match="a has 904 × 632 pixels, more than the limit of 9"):
+        Decoder(RECIPE, "scaled", max_pixels=9)(encoded(ramps((904, 632)), "JPEG"), "a")
+    with pytest.raises(InputError, match="a cannot be read|truncated|damaged"):
+        Decoder(RECIPE, "scaled")(encoded(ramps((904, 632)), "JPEG")[:9000], "a")
 
 
 def bomb():

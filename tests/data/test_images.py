@@ -76,10 +76,17 @@ def test_other_modes_become_rgb(tmp_path, mode):
     assert read.size == (40, 30)
 
 
-def test_samples_without_a_white_point_are_refused(tmp_path):
-    Image.new("F", (4, 4), 0.5).save(tmp_path / "x.tiff")
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_samples_without_a_white_point_are_refused(tmp_path, mode):
+    Image.new(mode, (4, 4), 70000).save(tmp_path / "x.tiff")
     with pytest.raises(InputError, match="white point"):
         read_image(tmp_path / "x.tiff")
+
+
+def test_16_bit_greyscale_of_netpbm(tmp_path):
+    """Which Pillow gives in 32 bits, with 65535 for white."""
+    (tmp_path / "x.pgm").write_bytes(b"P5 3 1 65535\n" + b"".join(v.to_bytes(2, "big") for v in (0, 32768, 65535)))
+    assert to_tensor(read_image(tmp_path / "x.pgm"))[0, 0].tolist() == [0, 128, 255]
 
 
 def test_damaged_files_say_what_is_wrong(tmp_path):

@@ -15,11 +15,12 @@ import pyarrow
 from pyarrow import parquet
 
 from shapleycam import InputError
-from shapleycam.data.files import LocalFiles, files_of, shown
+from shapleycam.data import files as files_module
+from shapleycam.data.files import LocalFiles, files_of, matches, shown
 from shapleycam.data.images import Preprocess, image_files
 from shapleycam.data.manifest import fingerprint_of, write_manifest
 from shapleycam.data.samples import open_samples
-from shapleycam.data.sources import Entry, matches, open_source
+from shapleycam.data.sources import Entry, open_source
 
 from ..attribute.conftest import save
 
@@ -64,6 +65,8 @@ def test_a_folder_by_relative_path(folder):
         ("b/{1..10}.jpg", ["b/10.jpg", "b/2.jpg"]),
         ("[a-b]/?.jpg", ["b/2.jpg"]),
         ("b/**/*", ["b/10.jpg", "b/2.jpg", "b/deep/er/3.bmp"]),
+        ("b/**", ["b/10.jpg", "b/2.jpg", "b/deep/er/3.bmp"]),
+        ("*", ["a.jpg"]),
     ],
 )
 def test_patterns(folder, pattern, keys):
@@ -77,6 +80,16 @@ def test_what_matches():
     assert matches("a\nb.jpg", "*.jpg") and matches("a]b", "a[]]b") and matches("s-007.tar", "s-{000..010}.tar")
     assert not matches("s-011.tar", "s-{000..010}.tar") and not matches("a/b.jpg", "*.jpg") and not matches("a1", "[!a]?")
     assert matches("a.b", "a.b") and not matches("axb", "a.b") and matches("(a)+$", "(a)+$")
+    assert matches("a/b.jpg", "**") and matches("a.jpg", "**") and matches("a/b/c.jpg", "a/**") and not matches("b/c", "a/**")
+
+
+def test_a_pattern_is_worked_out_once(monkeypatch):
+    """Braces of a thousand names, for each of a thousand names, would take minutes."""
+    calls = []
+    braces = files_module._braces
+    monkeypatch.setattr(files_module, "_braces", lambda pattern: calls.append(pattern) or braces(pattern))
+    assert all(matches(f"once-{n:04}.tar", "once-{0000..1200}.tar") for n in range(0, 1200, 100))
+    assert calls.count("once-{0000..1200}.tar") == 1
 
 
 HOSTILE = [
@@ -132,7 +145,7 @@ def test_what_happens_between_listing_and_reading(folder, tmp_path):
     os.mkfifo(folder / "b/10.jpg")  # opening it would wait for ever
     with pytest.raises(InputError, match="a.jpg cannot be read: No such file"):
         source.load(gone)
-    with pytest.raises(InputError, match=r"b/2\.jpg has \d+ bytes, and had \d+ when it was listed"):
+    with pytest.raises(InputError, match=r"b/2\.jpg is not what was listed: it has \d+ bytes, and had \d+"):
         source.load(grown)
     with pytest.raises(InputError, match="no regular file"):
         source.load(piped)
@@ -242,8 +255,37 @@ def test_tars_in_webdataset_s_manner(folder, tmp_path):
     assert [sample["__key__"] for sample in read] == ["n/000", "n/001"] and read[0]["jpg"] == one
     with open(tmp_path / "s-0.tar", "r+b") as file:
         file.truncate(600)
-    with pytest.raises(InputError, match=r"s-0\.tar ends before byte|cannot be read"):
+    with pytest.raises(InputError, match=r"s-0\.tar is not what was listed: it has 600 bytes"):
         source.load(entries[0])
+    with pytest.raises(InputError, match=r"s-0\.tar ends before byte"):
+        source.load(entries[0]._replace(size=-1, changed=0))
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_tar_with_a_damaged_header_is_no_shorter_tar(tmp_path, form):
+    """Python's tarfile takes such a header for the end."""
+    with tarfile.open(tmp_path / "t.tar", "w", format=form) as tar:
+        for n in range(4):
+            member = tarfile.TarInfo("d" * 60 + f"/{n:060}.jpg")
+            member.size = 700
+            tar.addfile(member, io.BytesIO(bytes([n]) * 700))
+    source = open_source(tmp_path / "t.tar")
+    entries = list(source.entries())
+    assert len(entries) == 4
+    content = (tmp_path / "t.tar").read_bytes()
+    third = entries[2].offset - 512
+    # Behind a header of its own for a long name, tarfile does raise.
+    said = (
+        r"t\.tar is not a plain tar file"
+        if form != tarfile.USTAR_FORMAT
+        else rf"t\.tar is damaged: .* at byte {third}, and no end"
+    )
+    for damaged in (content[: third + 148] + b"XXXXXXXX" + content[third + 156 :], content[: third + 100]):  # a checksum; a cut
+        (tmp_path / "t.tar").write_bytes(damaged)
+        with pytest.raises(InputError, match=said):
+            list(source.entries())
+    (tmp_path / "t.tar").write_bytes(content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512))  # written without an end
+    assert len(list(source.entries())) == 4
 
 
 def test_tars_that_cannot_serve(folder, tmp_path):
@@ -320,6 +362,12 @@ def test_hugging_face(folder, tmp_path):
         open_source(data, key="nothing")
     with pytest.raises(InputError, match="Name the column"):
         open_source(datasets.Dataset.from_dict({"x": [1]}))
+    assert [entry.label for entry in open_source(data, label="id").entries()] == KEYS
+    with pytest.raises(InputError, match="no column 'fine'"):
+        open_source(data, label="fine")
+    swapped = data.select([1, 0])
+    with pytest.raises(InputError, match="is not what was listed: the row is"):
+        open_source(swapped, key="id").load(next(open_source(data, key="id").entries()))
 
 
 def test_evaluation_reads_the_same_sources(folder, tmp_path):

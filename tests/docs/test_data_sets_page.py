@@ -51,6 +51,10 @@ def test_the_figures_are_those_of_the_result():
         assert name == "attribute" or f"{row['times']:.1f} ×" in PAGE
     for row in result["decoders"].values():
         assert f"{row['times']:.2f}" in PAGE
+    large = json.loads((ROOT / "bench" / "results" / "large-pictures-cpu.json").read_text(encoding="utf-8"))["decoders"]
+    for name, row in large.items():
+        figures = f"{row['times_torchcodec']:.2f} | {row['levels_mean']:.3f} ({row['levels_most']})"
+        assert f"| {name} | {figures} | {row['maps_off_median']:.3f} ({row['maps_off']:.3f}) |" in PAGE
     assert f"{100 * result['memory']['growth']:.1f} %" in PAGE
     assert f"{result['files']['random_map_ms']:.1f} ms" in PAGE
     assert f"{result['files']['bytes_per_row']:.0f} bytes" in SCALE

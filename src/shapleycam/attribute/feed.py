@@ -97,7 +97,7 @@ class Feeder:
         self._size, self._ahead, self._limit, self._pinned = batch_size, ahead, limit, pinned
         self._stop = stop or threading.Event()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._hanging = 0
+        self._hanging: list[_Task] = []
         self._threads = threads
         for _ in range(threads):
             self._hire()
@@ -157,8 +157,8 @@ class Feeder:
                 if task.done.is_set():
                     break
                 task.abandoned = True
-            self._hanging += 1
-            if self._hanging > _HANGING:
+            self._hanging = [each for each in self._hanging if not each.done.is_set()] + [task]
+            if len(self._hanging) > _HANGING:
                 raise JobError(
                     f"{_HANGING} files took longer than {self._limit:g} s, and still hang: is the storage of "
                     f"{self._source.address} there? Try again, or allow more time."
@@ -184,11 +184,10 @@ class Feeder:
             except BaseException as error:  # for whoever waits
                 result = error
             with task.lock:
-                if task.abandoned:  # another thread has this one's place
-                    self._hanging -= 1
-                    return
                 task.result = result
                 task.done.set()
+                if task.abandoned:  # another thread has this one's place
+                    return
 
     def _decode(self, entry: Entry) -> Decoded | Failure:
         if self._stop.is_set():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from .._version import __version__
 from ..data.files import write_whole
 from ..data.manifest import Manifest, fingerprint_of, write_manifest
 from ..data.sources import Source
-from ..errors import InputError, JobError
+from ..errors import InputError, JobError, ShapleyCamWarning
 from ..model.zoo import Classifier
 from ..optional import need
 from .job import Settings
@@ -26,6 +28,8 @@ from .part import LAYOUT, Part, part_name
 
 JOB, MANIFEST, LOCK = "job.json", "manifest.parquet", ".lock"
 _PART = re.compile(r"part-(\d{6,})\.parquet")
+#: what a run that died leaves half-written; named for its process
+_HALF = re.compile(rf"(\.part-\d{{6,}}\.parquet|\.{re.escape(MANIFEST)}|{re.escape(JOB)})\.\d+\.part")
 
 
 class Folder:
@@ -34,6 +38,7 @@ class Folder:
     Args:
         path: where.
         classifier, source, settings, shard_size: the job.
+        device: the type of the devices that it runs on.
 
     Attributes:
         key: all that the result depends on.
@@ -42,17 +47,21 @@ class Folder:
 
     manifest: Manifest
 
-    def __init__(self, path: Path, classifier: Classifier, source: Source, settings: Settings, shard_size: int) -> None:
+    def __init__(
+        self, path: Path, classifier: Classifier, source: Source, settings: Settings, shard_size: int, device: str
+    ) -> None:
         self.path, self._source, self._classifier, self._shard_size = path, source, classifier, shard_size
-        device = next(classifier.model.parameters()).device
         self.key: dict[str, Any] = {
             **settings.key(),
-            "decoder": "exact" if settings.decoder == "exact" else "auto",  # torchcodec and Pillow give the same pixels
+            # torchcodec and Pillow give the same pixels
+            "decoder": settings.decoder if settings.decoder in ("exact", "scaled") else "auto",
             "model": classifier.name,
             "weights": classifier.fingerprint(),
+            "classes": hashlib.sha256(json.dumps(classifier.classes).encode()).hexdigest(),  # a target's name means an index
             "preprocess": repr(classifier.preprocess),
+            "columns": source.columns,
             "shard_size": shard_size,
-            "device": device.type,
+            "device": device,
             "torch": torch.__version__,
             "shapleycam": __version__,
         }
@@ -80,6 +89,12 @@ class Folder:
                 stream.seek(0)
                 holder = stream.read().strip() or "another process"
                 raise InputError(f"{self.path} is being written by {holder}: wait for it, or choose another --out.") from error
+            except OSError as error:  # a file system without locks, such as Lustre as it is mounted by default
+                warnings.warn(
+                    f"{self.path} cannot be locked ({error.strerror or error}): see to it that no other run writes there.",
+                    ShapleyCamWarning,
+                    stacklevel=2,
+                )
             stream.seek(0)
             stream.truncate()
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -103,27 +118,42 @@ class Folder:
             raise JobError(f"{self.path} cannot be written: {error.strerror or error}.") from error
 
     def _sweep(self, restart: bool) -> None:
-        """Remove what a run that died left half-written; with ``restart`` everything that is ours."""
-        for file in self.path.iterdir():
-            ours = file.name in (JOB, MANIFEST) or _PART.fullmatch(file.name)
-            half = file.name.endswith(".part") and file.name.lstrip(".").startswith(("part-", JOB, MANIFEST))
-            if half or (restart and ours):
-                file.unlink(missing_ok=True)
-        if not (self.path / JOB).exists():
-            parts = [file.name for file in self.path.iterdir() if _PART.fullmatch(file.name)]
-            if parts:
-                raise InputError(
-                    f"{self.path} has parts of a result ({parts[0]}, …) but no {JOB}: choose another --out, or --restart."
-                )
+        """Remove what a run that died left half-written; with ``restart`` everything that is ours, and nothing else."""
+        names = set(os.listdir(self.path))
+        parts = sorted(name for name in names if _PART.fullmatch(name))
+        begun = JOB in names
+        if restart and begun:
+            read_job(self.path, layout=None)  # or it is somebody's own
+        if not begun or restart:
+            for name in (*parts, *({MANIFEST} & names)):
+                self._refuse_foreign(self.path / name, begun)
+        for name in names:
+            if _HALF.fullmatch(name):
+                (self.path / name).unlink(missing_ok=True)
+        if restart:
+            # The description first: what a run that dies in here leaves is never taken for a result.
+            for name in (JOB, MANIFEST, *parts):
+                (self.path / name).unlink(missing_ok=True)
+        elif parts and not begun:
+            raise InputError(
+                f"{self.path} has parts of a result ({parts[0]}, …) but no {JOB}: choose another --out, or --restart."
+            )
+
+    def _refuse_foreign(self, file: Path, begun: bool) -> None:
+        """Raise InputError for a table with a name of ours that is not ours; a damaged one is where there is a job."""
+        said = metadata_of(file)
+        ours = begun if said is None else (b"fingerprint" if file.name == MANIFEST else b"shapleycam:layout") in said[1]
+        if not ours:
+            raise InputError(f"{file} was not written by shapleycam attribute, and would be overwritten: choose another --out.")
 
     def _begin(self) -> None:
         self.manifest = write_manifest(self._source, self.path / MANIFEST, self._shard_size)
         self.key["manifest"] = self.manifest.fingerprint
-        address = self._source.address
+        here = self._source.local is not None and "://" not in self._source.address
         content = {
             "layout": LAYOUT,
             "key": self.key,
-            "source": address if "://" in address or not os.path.exists(address) else os.path.abspath(address),
+            "source": os.path.abspath(self._source.address) if here else self._source.address,
             "columns": self._source.columns,
             "weights": self._classifier.weights,
             "preprocess": asdict(self._classifier.preprocess),
@@ -152,24 +182,33 @@ class Folder:
             )
 
     def done(self) -> dict[int, Part]:
-        """The parts that are there; one that is not whole, or another job's, is removed.
+        """The parts that are there; one that is not whole, or another job's or shard's, is removed.
 
         A file under its final name was complete when it got it; this is about copies and damage since.
+
+        Raises:
+            InputError: a table is in the place of a part that is none.
+            JobError: a part cannot be read for a reason that may pass; nothing is removed then.
         """
-        parquet, found = need("pyarrow.parquet", "attribute"), {}
+        found, odd = {}, []
         for k, file in sorted(part_files(self.path).items()):
+            said = metadata_of(file)
+            if said is not None:
+                self._refuse_foreign(file, begun=True)
+                rows, meta = said
+                known = (
+                    k < self.manifest.shards and rows == self.manifest.rows(k) and meta.get(b"shapleycam:shard") == b"%d" % k
+                )
+                if known and meta.get(b"shapleycam:job") == json.dumps(self.identity(), sort_keys=True).encode():
+                    kinds = {n[5:].decode(): int(v) for n, v in meta.items() if n.startswith(b"rows:")}
+                    found[k] = Part(k, rows, kinds)
+                    continue
+            odd.append(file)
+        for file in odd:  # when all could be looked at
             try:
-                meta = parquet.read_metadata(file)
-                said = meta.metadata or {}
-                whole = k < self.manifest.shards and meta.num_rows == self.manifest.rows(k)
-                ours = json.loads(said.get(b"shapleycam:job", b"null")) == self.identity()
-            except (OSError, ValueError):
-                whole = ours = False
-            if whole and ours:
-                kinds = {n[5:].decode(): int(v) for n, v in said.items() if n.startswith(b"rows:")}
-                found[k] = Part(k, meta.num_rows, kinds)
-            else:
                 file.unlink()
+            except OSError as error:
+                raise JobError(f"{file} is not whole, and cannot be removed: {error.strerror or error}.") from error
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -185,8 +224,30 @@ def part_files(path: Path, only: int | None = None) -> dict[int, Path]:
     return {int(match[1]): path / name for name in os.listdir(path) if (match := _PART.fullmatch(name))}
 
 
-def read_job(path: Path) -> dict[str, Any]:
+def metadata_of(file: Path) -> tuple[int, dict[bytes, bytes]] | None:
+    """Rows and metadata of a Parquet file; None if it is damaged.
+
+    Raises:
+        JobError: it cannot be read, which says nothing about what is in it.
+    """
+    parquet = need("pyarrow.parquet", "attribute")
+    try:
+        meta = parquet.read_metadata(file)
+    except OSError as error:
+        if error.errno is None:  # pyarrow's word for a file that ends too early
+            return None
+        raise JobError(f"{file} cannot be read: {error.strerror or error}. Nothing was removed; try again.") from error
+    except ValueError:  # pyarrow's for all other damage
+        return None
+    return int(meta.num_rows), dict(meta.metadata or {})
+
+
+def read_job(path: Path, layout: str | None = LAYOUT) -> dict[str, Any]:
     """The description of a result.
+
+    Args:
+        path: the folder.
+        layout: which it must have; None for any.
 
     Raises:
         InputError: there is none, or of a layout that this version does not read.
@@ -194,14 +255,14 @@ def read_job(path: Path) -> dict[str, Any]:
     file = path / JOB
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        layout = content["layout"]
+        there = content["layout"]
         content["key"]["manifest"]
     except FileNotFoundError as error:
         raise InputError(f"{path} holds no result of shapleycam attribute: there is no {JOB}.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is not the description of a result ({error!r}).") from error
-    if layout != LAYOUT:
-        raise InputError(f"{path} has layout {layout!r}; this version of shapleycam ({__version__}) reads layout {LAYOUT!r}.")
+    if layout not in (None, there):
+        raise InputError(f"{path} has layout {there!r}; this version of shapleycam ({__version__}) reads layout {LAYOUT!r}.")
     assert isinstance(content, dict)
     return content
 

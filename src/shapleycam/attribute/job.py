@@ -280,7 +280,8 @@ class ShardRunner:
             return None
         images = self._images(batch.views)
         if self._explainer.method.source == "random":
-            self._explainer.reseed((self.settings.seed * 1_000_003 + batch.shard) * 1_000_003 + batch.first)
+            seed = (self.settings.seed * 1_000_003 + batch.shard) * 1_000_003 + batch.first
+            self._explainer.reseed(seed % 2**63)
         targets = self._targets(images, batch)
         explanation = self._explainer(images, targets, with_gap=self._gap, with_norms=self.settings.norms)
         return self._packed(explanation)
@@ -294,7 +295,7 @@ class ShardRunner:
             raw, targets = raw[:, None], targets[:, None]
         finite = explanation.finite
         scale = raw.abs().flatten(2).amax(2)  # [B, M]
-        unit = raw / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None, None]
+        unit = raw / torch.where(scale > 0, scale, 1.0)[:, :, None, None]
         nothing = torch.full_like(scale, float("nan"))
         assert explanation.logits is not None
         columns = [

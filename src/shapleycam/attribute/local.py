@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import threading
 import time
 from collections import Counter
@@ -10,6 +12,8 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..data.sources import Source, open_source
 from ..errors import InputError
@@ -101,7 +105,8 @@ def attribute(
         out: the folder of the result; read it by :func:`shapleycam.attribute.open_maps`.
         settings: what is explained, and how.
         shard_size: pictures in a part, which is done as a whole or not at all.
-        devices: with more than one, a process for each ("cuda:0", "cuda:1"; a name may stand twice).
+        devices: a process for each ("cuda:0", "cuda:1"; a name may stand twice), all of one type; none where it is the one that
+            the model is on. Empty for that one.
         scheduler: "local", or "ray" (``pip install 'shapleycam[ray]'``).
         address: of Ray's cluster; None starts one here.
         restart: forget what is in ``out``.
@@ -109,14 +114,17 @@ def attribute(
         progress: called at the beginning and after every part, in one process also after every batch.
 
     Raises:
-        InputError: nothing to explain, ``out`` belongs to another job or run, or the source has changed since it was begun.
+        InputError: nothing to explain; ``out`` belongs to another job or run, holds somebody's own tables under names of parts,
+            or lies in the source; or the source has changed since it was begun; or the model cannot go to other processes.
         JobError: the disk is full, or workers keep dying.
         LayerError, ModelStateError, DerivativeError, BackendError: the model cannot be explained so.
     """
     if scheduler not in SCHEDULERS:
         raise InputError(f"Unknown scheduler {scheduler!r}: expected {', '.join(map(repr, SCHEDULERS))}.")
     settings, pictures, stop = settings or Settings(), open_source(source), stop or threading.Event()
-    folder = Folder(Path(out), classifier, pictures, settings, shard_size)
+    _refuse_the_source(Path(out), pictures)
+    home = next(classifier.model.parameters()).device
+    folder = Folder(Path(out), classifier, pictures, settings, shard_size, _type_of(devices, home))
     with folder.locked():
         folder.open(restart=restart)
         outcome = Outcome(folder.path, folder.manifest.count, parts=folder.manifest.shards)
@@ -134,7 +142,7 @@ def attribute(
             from .ray import on_ray
 
             parts = on_ray(work, missing, devices, address, stop)
-        elif len(devices) > 1:
+        elif len(devices) > 1 or any(torch.device(name) not in (home, torch.device(home.type)) for name in devices):
             from .processes import on_devices
 
             parts = on_devices(work, missing, devices, stop)
@@ -158,6 +166,26 @@ def attribute(
     return outcome
 
 
+def _refuse_the_source(out: Path, source: Source) -> None:
+    """Raise InputError if the source would list the result the next time."""
+    where, pictures = out.resolve(), None if source.local is None else source.local.resolve()
+    if pictures is not None and (where == pictures or (source.recursive and pictures in where.parents)):
+        raise InputError(
+            f"{out} is among the pictures of {source.address}, and would be listed with them: choose another --out."
+        )
+
+
+def _type_of(devices: Sequence[str], home: torch.device) -> str:
+    """ "cuda", "cpu", …: of these devices, or of the model's own."""
+    try:
+        types = {torch.device(name).type for name in devices} or {home.type}
+    except RuntimeError as error:
+        raise InputError(f"devices: {error}") from error
+    if len(types) > 1:
+        raise InputError(f"devices must be of one type, as maps differ in their last bits between types; got {list(devices)}.")
+    return types.pop()
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a worker in any process needs; it can be pickled."""
@@ -168,6 +196,22 @@ class Work:
     settings: Settings
     identity: dict[str, Any]
     shard_size: int = SHARD
+
+    def packed(self, pickle_module: Any = pickle) -> bytes:
+        """For other processes; by torch.save, as the queues' own way shares device memory.
+
+        Raises:
+            InputError: a part of it cannot be pickled.
+        """
+        content = io.BytesIO()
+        try:
+            torch.save(self, content, pickle_module=pickle_module)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"The model cannot go to other processes, as it cannot be pickled ({error}): define what it is made of at the "
+                "top of an importable module, or run in one process, without devices."
+            ) from error
+        return content.getvalue()
 
     def runner(self, stop: threading.Event | None = None) -> ShardRunner:
         return ShardRunner(self.classifier, self.source, self.out / MANIFEST, self.out, self.settings, self.identity, stop)

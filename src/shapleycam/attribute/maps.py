@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -171,10 +172,14 @@ class Maps(Dataset[Map]):
         Raises:
             InputError: there is no such row. (IndexError for a number, which ends an iteration.)
         """
-        if isinstance(key, int):
-            if not -len(self) <= key < len(self):
-                raise IndexError(f"Row {key} is out of range: {self.path} has {len(self)} rows.")
-            return key % len(self)
+        if not isinstance(key, str):
+            try:
+                number = operator.index(key)
+            except TypeError as error:
+                raise InputError(f"{self.path} has rows by key (a text) and by number, got {key!r}.") from error
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"Row {number} is out of range: {self.path} has {len(self)} rows.")
+            return number % len(self)
         found = self._find(key)
         if found is None:
             raise InputError(f"{self.path} has no picture {key!r}.")
@@ -229,8 +234,10 @@ class Maps(Dataset[Map]):
             file = need("pyarrow.parquet", _EXTRA).ParquetFile(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read: {error}. Remove it, and run shapleycam attribute again.") from error
-        layout = (file.schema_arrow.metadata or {}).get(b"shapleycam:layout", b"").decode()
-        if layout != LAYOUT or file.metadata.num_rows != self.manifest.rows(k):
+        said = file.metadata.metadata or {}
+        layout = said.get(b"shapleycam:layout", b"").decode()
+        whole = said.get(b"shapleycam:shard") == b"%d" % k and file.metadata.num_rows == self.manifest.rows(k)
+        if layout != LAYOUT or not whole:
             raise InputError(f"{path} has layout {layout!r}, or not its rows: remove it, and run shapleycam attribute again.")
         return file
 
@@ -335,9 +342,9 @@ class Maps(Dataset[Map]):
         Raises:
             InputError: they are not where they were; give ``open_maps(path, source=...)``.
         """
-        if self._given is not None:
-            return open_source(self._given)
         image, key, label = self.job["columns"]
+        if self._given is not None:
+            return open_source(self._given, image=image, key=key, label=label)
         try:
             return open_source(self.job["source"], image=image, key=key, label=label)
         except InputError as error:
@@ -347,10 +354,13 @@ class Maps(Dataset[Map]):
         """The crop that the network saw, uint8 [3, H, W], read from the source again.
 
         Raises:
-            InputError: the picture cannot be read.
+            InputError: the picture cannot be read, or is not the one that was explained (by size and time of change; by size
+                where the source was given anew).
         """
         entry, made = self.entry(key), self.job["key"]
         decode = Decoder(self.preprocess, made["decoder"], made["max_pixels"])
+        if self._given is not None:  # a copy has times of its own
+            entry = entry._replace(changed=0)
         return decode(self.source.load(entry), entry.key).view
 
     def overlay(self, key: str | int, *, colormap: str = "jet", alpha: float = 0.5) -> Tensor:

@@ -138,7 +138,8 @@ class PartWriter:
         kinds = dict(sorted(self._kinds.items()))
         try:
             self._flush()
-            self._writer.add_key_value_metadata({f"rows:{kind}": str(count) for kind, count in kinds.items()})
+            said = {"shapleycam:shard": str(self.shard), **{f"rows:{kind}": str(count) for kind, count in kinds.items()}}
+            self._writer.add_key_value_metadata(said)
             self._writer.close()
             self._stream.flush()
             os.fsync(self._stream.fileno())

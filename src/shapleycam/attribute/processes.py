@@ -47,10 +47,10 @@ def on_devices(work: Work, shards: Sequence[int], devices: Sequence[str], stop: 
     Raises:
         Stopped: ``stop`` was set.
         JobError: a shard's processes keep dying.
+        InputError: the model cannot be pickled.
         ShapleyCamError: what a worker raised.
     """
-    packed = io.BytesIO()
-    torch.save(work, packed)  # not the queues' own way, which shares device memory
+    packed = work.packed()
     context = multiprocessing.get_context("spawn")
     waiting, tries, left = deque(shards), Counter[int](), len(shards)
     # So many that no worker waits for a shard before it could tell of a finished one, however small the shards are.
@@ -59,7 +59,7 @@ def on_devices(work: Work, shards: Sequence[int], devices: Sequence[str], stop: 
 
     def hire(device: str) -> _Worker:
         ours, theirs = context.Pipe()
-        arguments = (theirs, packed.getvalue(), device, torch.get_num_threads(), os.getpid())
+        arguments = (theirs, packed, device, torch.get_num_threads(), os.getpid())
         process = context.Process(target=_serve, args=arguments, name=f"shapleycam-{device}", daemon=True)
         process.start()
         theirs.close()

@@ -61,12 +61,11 @@ def on_ray(
             raise InputError("The Ray cluster has no GPU: use --device cpu, or another --address.")
         threads = torch.get_num_threads()
         count = len(devices) or (there if on_gpu else max(there // threads, 1))
-        packed = io.BytesIO()
         # By value what the script that is run defines itself, such as a model's class, which no other process can import.
-        torch.save(work, packed, pickle_module=need("ray.cloudpickle", "ray"))
+        packed = work.packed(need("ray.cloudpickle", "ray"))
         options: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": min(threads, max(there // count, 1))}
         remote = ray.remote(**options, max_restarts=-1, max_task_retries=_RETRIES)(_Actor)
-        content = ray.put(packed.getvalue())
+        content = ray.put(packed)
         actors = [remote.remote(content, "cuda" if on_gpu else "cpu", threads) for _ in range(min(count, len(shards)))]
         pool = pools.ActorPool(actors)
         for shard in shards:

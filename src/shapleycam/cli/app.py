@@ -293,7 +293,11 @@ def attribute(
         int | None, typer.Option(min=1, help="Threads that decode, per process; the cores if not given.")
     ] = None,
     decoder: Annotated[
-        str, typer.Option(help="auto, torchcodec or pillow; exact also resizes by Pillow, as explain and evaluate do.")
+        str,
+        typer.Option(
+            help="auto, torchcodec or pillow; exact also resizes by Pillow, as explain and evaluate do; scaled decodes large "
+            "JPEGs at a part of their size."
+        ),
     ] = "auto",
     max_pixels: Annotated[int, typer.Option(min=1, help="A picture with more is not decoded.")] = 89_478_485,
     time_limit: Annotated[float, typer.Option(min=0, help="Seconds that one picture may take; 0 for no limit.")] = 60,
@@ -303,7 +307,7 @@ def attribute(
     label_column: Annotated[str | None, typer.Option(help="Of tables: labels.")] = None,
     scheduler: Annotated[str, typer.Option(help="local, or ray (--engine ray is the same).")] = "local",
     address: Annotated[str | None, typer.Option(help="With ray: of the cluster; without, one is started here.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget what is in the folder.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what this command wrote to the folder.")] = False,
     json: Json = False,
 ) -> int:
     """Explain every picture of a data set; `shapleycam maps` shows the result.

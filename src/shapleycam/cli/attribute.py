@@ -91,7 +91,7 @@ def run_attribute(options: Options, results: Console, progress: Console) -> int:
             batch_size=options.batch_size or (8 if device.type == "cpu" else 64),
             decoder=options.decoder,
             max_pixels=options.max_pixels,
-            threads=options.threads or len(os.sched_getaffinity(0)),
+            threads=options.threads or _cores(),
             time_limit=options.time_limit or None,
         )
         with Steps(progress, "attribute", "pictures") as steps:
@@ -164,6 +164,11 @@ def _note(outcome: Outcome, device: torch.device) -> str:
     if device.type == "cuda":
         note += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
     return note + (f", {outcome.failed} without a map" if outcome.failed else "")
+
+
+def _cores() -> int:
+    """The cores that this process may use; all, where the system (macOS, Windows) does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _devices(options: Options) -> list[str]:

@@ -15,7 +15,6 @@ from ..attribute.gallery import gallery
 from ..attribute.maps import Maps, open_maps
 from ..attribute.summary import Summary, first, pick, summarise
 from ..data.files import write_whole
-from ..data.sources import open_source
 from ..errors import InputError
 from .attribute import printable
 from .demo import Tile, contact_sheet
@@ -45,7 +44,9 @@ def run_maps(options: Options, results: Console, progress: Console) -> int:
     Raises:
         InputError: no result.
     """
-    maps = open_maps(options.folder, None if options.source is None else open_source(options.source))
+    maps = open_maps(options.folder, options.source)
+    if options.source is not None:
+        _ = maps.source  # a wrong --source is an error, and not a page without pictures
     out = options.out or options.folder
     out.mkdir(parents=True, exist_ok=True)
     with progress.status("reading the maps"):

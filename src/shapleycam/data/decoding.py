@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..optional import need
 from .images import MAX_PIXELS, Preprocess, check_pixels, pixels_of, read_image
 
-DECODERS = ("auto", "torchcodec", "pillow", "exact")
+DECODERS = ("auto", "torchcodec", "pillow", "exact", "scaled")
 
 
 class Decoded(NamedTuple):
@@ -43,8 +43,10 @@ class Decoder:
 
     Attributes:
         preprocess: how the network wants its pictures.
-        name: "torchcodec"; "pillow"; "auto", which is torchcodec where it is installed; or "exact", which also resizes by
-            Pillow, as :meth:`Preprocess.view` does, where the others' resize differs by up to one level of 255.
+        name: "torchcodec"; "pillow"; "auto", which is torchcodec where it is installed; "exact", which also resizes by
+            Pillow, as :meth:`Preprocess.view` does, where the others' resize differs by up to one level of 255; or "scaled",
+            which is "auto" but for large JPEGs: they are decoded at a half, a quarter or an eighth of their width and height
+            while twice that of the resize is left (:meth:`Preprocess.reduction`), and differ by a few levels.
         max_pixels: of the largest picture that is decoded.
 
     Raises:
@@ -74,10 +76,21 @@ class Decoder:
         if self.name == "exact":
             picture = read_image(io.BytesIO(content), name, max_pixels=self.max_pixels)
             return Decoded(self.preprocess.view(picture), picture.width, picture.height)
+        if self.name == "scaled" and (found := self._reduced(content, name)) is not None:
+            return found
         pixels = self._fast(content, name)
         if pixels is None:
             pixels = pixels_of(read_image(io.BytesIO(content), name, max_pixels=self.max_pixels))
         return Decoded(self.preprocess.view_of(pixels), pixels.shape[2], pixels.shape[1])
+
+    def _reduced(self, content: bytes, name: str) -> Decoded | None:
+        """By libjpeg's own reduction, of plain JPEGs that are large enough; None for all others."""
+        size = _simple_jpeg(content) if content[:3] == b"\xff\xd8\xff" else None
+        if size is None or (part := self.preprocess.reduction(*size)) == 1:
+            return None
+        picture = read_image(io.BytesIO(content), name, max_pixels=self.max_pixels, reduce=part)
+        width, height = sorted(size, reverse=picture.width > picture.height)
+        return Decoded(self.preprocess.view_of(pixels_of(picture), (width, height)), width, height)
 
     def _fast(self, content: bytes, name: str) -> Tensor | None:
         """By torchcodec; None where Pillow is to do it, which also finds the words for what is damaged."""
@@ -105,26 +118,70 @@ def _torchcodec() -> Callable[[bytes], Tensor] | None:
 def simple(content: bytes) -> tuple[int, int] | None:
     """(width, height) as stored of a picture whose pixels no two decoders can read differently; None for all others."""
     if content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] == b"IHDR" and len(content) > 33:
-        depth, kind, interlaced = content[24], content[25], content[28]
-        # Grey and RGB of 8 bits; a tRNS chunk, which makes a colour transparent, stands before the first IDAT.
-        if depth != 8 or kind not in (0, 2) or interlaced or b"tRNS" in content[: content.find(b"IDAT")]:
-            return None
-        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+        return _simple_png(content)
     return _simple_jpeg(content) if content[:3] == b"\xff\xd8\xff" else None
 
 
+#: Chunks that change no pixel, in any decoder: not what has transparency (tRNS), frames (acTL) or, in one decoder and not in
+#: the other, the orientation (eXIf, and the texts that tools keep Exif and XMP in).
+_HARMLESS = frozenset(
+    (b"IDAT", b"IEND", b"PLTE", b"pHYs", b"tIME", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"tEXt")
+)
+_ORIENTED = (b"Raw profile type", b"XML:com.adobe.xmp")
+
+
+def _simple_png(content: bytes) -> tuple[int, int] | None:
+    depth, kind, interlaced = content[24], content[25], content[28]
+    if depth != 8 or kind not in (0, 2) or interlaced:  # grey and RGB of 8 bits
+        return None
+    place, name = 33, b""
+    while name != b"IEND":
+        length, name = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        if name not in _HARMLESS or content.startswith(_ORIENTED, place + 8):
+            return None
+        place += 12 + length
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def _usual_exif(segment: bytes) -> bool:
+    """Whether an orientation stands where all decoders look, in the type they expect, once at most."""
+    if segment[:10] not in (b"Exif\0\0II*\0", b"Exif\0\0MM\0*"):
+        return False
+    small = segment[6:7] == b"I"
+    order: Literal["little", "big"] = "little" if small else "big"
+    first = 6 + int.from_bytes(segment[10:14], order)
+    count = int.from_bytes(segment[first : first + 2], order)
+    if not 0 < count <= (len(segment) - first - 2) // 12:
+        return False
+    heads = [segment[place : place + 8] for place in range(first + 2, first + 2 + 12 * count, 12)]
+    usual = b"\x12\x01\x03\0\x01\0\0\0" if small else b"\x01\x12\0\x03\0\0\0\x01"  # tag, a number of 16 bits, one of them
+    turns = [head for head in heads if head[:2] == usual[:2]]
+    return turns in ([], [usual])
+
+
 def _simple_jpeg(content: bytes) -> tuple[int, int] | None:
-    place = 2
+    place, size, exif = 2, None, False
     while place + 9 < len(content) and content[place] == 0xFF:
         marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
+        if marker == 0xDA:  # the scan; what else is told of the picture stands before
+            return size
+        if marker == 0xFF:  # fill
+            place += 1
+            continue
+        if marker == 0xE1:
+            segment = content[place + 4 : place + 2 + length]
+            if segment.startswith(b"Exif"):
+                if exif or not _usual_exif(segment):
+                    return None
+                exif = True
+            elif b"tiff:Orientation" in segment:  # XMP
+                return None
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
             depth, components = content[place + 4], content[place + 9]
             height = int.from_bytes(content[place + 5 : place + 7], "big")
             width = int.from_bytes(content[place + 7 : place + 9], "big")
-            usual = marker in (0xC0, 0xC1, 0xC2) and depth == 8 and components in (1, 3) and width and height
-            return (width, height) if usual else None
-        if marker == 0xFF:  # fill
-            place += 1
-            continue
+            if marker > 0xC2 or depth != 8 or components not in (1, 3) or not width or not height or size:
+                return None
+            size = width, height
         place += 2 + length
     return None

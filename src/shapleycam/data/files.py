@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,7 +18,11 @@ from ..optional import need
 
 
 class Found(NamedTuple):
-    """A file below a folder: its path relative to it with forward slashes, its bytes (-1: unknown), and when it was changed."""
+    """A file below a folder: its path relative to it with forward slashes, its bytes (-1: unknown), and when it was changed.
+
+    ``changed`` is in nanoseconds; of a remote file it is a number made of what its store says (ETag, time of change); 0 is
+    for unknown.
+    """
 
     path: str
     size: int
@@ -29,15 +37,25 @@ class Files(ABC):
         """The files in a folder, hidden ones left out, in the order of their relative paths."""
 
     @abstractmethod
-    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+    def read(self, path: str, start: int = 0, length: int = -1, *, size: int = -1, changed: int = 0) -> bytes:
         """The bytes of a file, or of a piece of it; from any thread.
 
+        Args:
+            path: the file.
+            start, length: the piece; -1 for all that is behind ``start``.
+            size, changed: as the file was listed; -1 and 0 where that is not known, or shall not matter.
+
         Raises:
-            InputError: it is gone, no regular file, cannot be read, or ends before the piece does.
+            InputError: it is gone, no regular file, cannot be read, ends before the piece does, or is not what was listed.
         """
 
     @abstractmethod
-    def open(self, path: str) -> BinaryIO: ...
+    def open(self, path: str) -> BinaryIO:
+        """A file to read.
+
+        Raises:
+            InputError: it cannot be opened.
+        """
 
     @abstractmethod
     def find(self, path: str) -> Found | None:
@@ -45,6 +63,15 @@ class Files(ABC):
 
     @abstractmethod
     def is_folder(self, path: str) -> bool: ...
+
+    def check_listed(self, path: str, size: int, changed: int) -> None:
+        """Compare a file with what it was when it was listed, as :meth:`read` does; nothing is said of one that is gone.
+
+        Raises:
+            InputError: it has another size, or was changed.
+        """
+        if (now := self.find(path)) is not None:  # else whoever reads it says so
+            _refuse_other(path, now.size, now.changed, size, changed)
 
     def join(self, folder: str, path: str) -> str:
         return f"{folder.rstrip('/')}/{path}" if folder.strip("/") else f"{folder}{path}"
@@ -79,13 +106,15 @@ class LocalFiles(Files):
             if stat.S_ISREG(at.st_mode):
                 yield Found(prefix + name, at.st_size, at.st_mtime_ns)
 
-    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
+    def read(self, path: str, start: int = 0, length: int = -1, *, size: int = -1, changed: int = 0) -> bytes:
         try:
             # Without waiting: what was a file when it was listed may be a pipe now, whose opening would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
             with open(descriptor, "rb", buffering=0) as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                at = os.fstat(descriptor)
+                if not stat.S_ISREG(at.st_mode):
                     raise InputError(f"{shown(path)} is no regular file.")
+                _refuse_other(path, at.st_size, at.st_mtime_ns, size, changed)
                 if start:
                     file.seek(start)
                 content: bytes = file.read() if length < 0 else file.read(length)
@@ -96,7 +125,10 @@ class LocalFiles(Files):
         return content
 
     def open(self, path: str) -> BinaryIO:
-        return open(path, "rb")
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise InputError(f"{shown(path)} cannot be read: {error.strerror or error}.") from error
 
     def find(self, path: str) -> Found | None:
         try:
@@ -119,43 +151,58 @@ class RemoteFiles(Files):
 
     def __init__(self, system: Any, protocol: str) -> None:
         self.system, self.protocol = system, protocol
+        self._checked: set[tuple[str, int, int]] = set()
+
+    def check_listed(self, path: str, size: int, changed: int) -> None:
+        if (path, size, changed) not in self._checked:  # once: it is a request to the store
+            super().check_listed(path, size, changed)
+            self._checked.add((path, size, changed))
+
+    @contextmanager
+    def _asking(self, path: str) -> Iterator[None]:
+        """Every file system has errors of its own."""
+        try:
+            yield
+        except Exception as error:
+            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
 
     def walk(self, folder: str, *, recursive: bool = True) -> Iterator[Found]:
-        try:
+        with self._asking(folder):
             listing = self.system.find(folder, maxdepth=None if recursive else 1, detail=True)
-        except Exception as error:  # every file system has its own
-            raise InputError(f"{self.protocol}://{folder} cannot be read: {type(error).__name__}: {error}.") from error
         start = folder.strip("/")
         for name in sorted(listing):
             info = listing[name]
             relative = name.strip("/")[len(start) :].lstrip("/")
             if info.get("type", "file") == "file" and not any(part.startswith(".") for part in relative.split("/")):
-                yield Found(relative, _size(info), 0)
+                yield Found(relative, _size(info), _changed(info))
 
-    def read(self, path: str, start: int = 0, length: int = -1) -> bytes:
-        try:
+    def read(self, path: str, start: int = 0, length: int = -1, *, size: int = -1, changed: int = 0) -> bytes:
+        if length >= 0:  # of a file of its own only the size is compared, which needs no request
+            self.check_listed(path, size, changed)
+        with self._asking(path):
             content: bytes = self.system.cat_file(path, start=start or None, end=None if length < 0 else start + length)
-        except Exception as error:
-            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
         if 0 <= length != len(content):
             raise InputError(f"{self.protocol}://{path} ends before byte {start + length}: was it changed since it was listed?")
+        if length < 0:
+            _refuse_other(path, start + len(content), 0, size, changed)
         return content
 
     def open(self, path: str) -> BinaryIO:
-        file: BinaryIO = self.system.open(path, "rb")
+        with self._asking(path):
+            file: BinaryIO = self.system.open(path, "rb")
         return file
 
     def find(self, path: str) -> Found | None:
-        try:
-            info = self.system.info(path)
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise InputError(f"{self.protocol}://{path} cannot be read: {type(error).__name__}: {error}.") from error
-        return Found(path, _size(info), 0) if info.get("type", "file") == "file" else None
+        with self._asking(path):
+            try:
+                info = self.system.info(path)
+            except FileNotFoundError:
+                return None
+        return Found(path, _size(info), _changed(info)) if info.get("type", "file") == "file" else None
 
     def is_folder(self, path: str) -> bool:
-        return bool(self.system.isdir(path))
+        with self._asking(path):
+            return bool(self.system.isdir(path))
 
 
 def files_of(address: str) -> tuple[Files, str]:
@@ -175,6 +222,44 @@ def files_of(address: str) -> tuple[Files, str]:
     except (ValueError, ImportError, OSError) as error:
         raise InputError(f"{address}: fsspec cannot open it: {error}") from error
     return RemoteFiles(system, protocol), str(path)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a relative path matches a pattern: ``*``, ``?``, ``[]``, ``**`` for any folders, ``{a,b}``, ``{00..19}``.
+
+    A last ``**`` stands for all files below.
+    """
+    return _compiled(pattern).fullmatch(path) is not None
+
+
+@lru_cache(maxsize=8)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(_glob, _braces(pattern))), re.DOTALL)
+
+
+def _glob(pattern: str) -> str:
+    said = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
+    parts = []
+    if pattern == "**" or pattern.endswith("/**"):
+        pattern += "/*"
+    for token in re.findall(r"\*\*/|\*|\?|\[!?\]?[^]]*\]|.", pattern, re.DOTALL):
+        if token in said:
+            parts.append(said[token])
+        elif len(token) > 1:  # a choice of characters
+            parts.append("[" + token[1:-1].replace("\\", r"\\").replace("!", "^", token[1] == "!") + "]")
+        else:
+            parts.append(re.escape(token))
+    return "".join(parts)
+
+
+def _braces(pattern: str) -> list[str]:
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+    choices = [f"{n:0{len(span[1])}}" for n in numbers] if span else found[1].split(",")
+    return [one for choice in choices for one in _braces(pattern[: found.start()] + choice + pattern[found.end() :])]
 
 
 def shown(path: str) -> str:
@@ -208,6 +293,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _refuse_other(path: str, now_size: int, now_changed: int, size: int, changed: int) -> None:
+    """Raise InputError for a file that is not what was listed, by what is known then and now."""
+    if 0 <= size != now_size >= 0:
+        raise InputError(f"{shown(path)} is not what was listed: it has {now_size} bytes, and had {size}.")
+    if changed and now_changed and changed != now_changed:
+        raise InputError(f"{shown(path)} is not what was listed: it was changed since.")
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -218,3 +311,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _size(info: dict[str, Any]) -> int:
     size = info.get("size")
     return -1 if size is None else int(size)
+
+
+_VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "modified", "updated", "created")
+
+
+def _changed(info: dict[str, Any]) -> int:
+    """63 bits of the first thing that a store says of a file's version; 0 if it says nothing."""
+    said = next((info[name] for name in _VERSIONS if info.get(name)), None)
+    return 0 if said is None else int.from_bytes(hashlib.blake2b(str(said).encode(), digest_size=8).digest(), "little") >> 1

@@ -28,7 +28,9 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_PIXELS = 89_478_485
 
 
-def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None, *, max_pixels: int = MAX_PIXELS) -> Image:
+def read_image(
+    path: str | PathLike[str] | BinaryIO, name: str | None = None, *, max_pixels: int = MAX_PIXELS, reduce: int = 1
+) -> Image:
     """Decode a file as an upright 8-bit RGB picture.
 
     The EXIF orientation is applied. Transparency is laid over white. 16-bit greyscale is scaled by 1/257, where
@@ -39,6 +41,8 @@ def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None, *,
         path: any format Pillow reads; or an open file.
         name: what errors call the picture; the path by default.
         max_pixels: a picture with more is refused before it is decoded (a small file may unpack to gigabytes).
+        reduce: 1, 2, 4 or 8: decode a JPEG at this part of its width and height, from that many fewer of its coefficients;
+            of no effect on other formats.
 
     Returns:
         A Pillow image in mode "RGB".
@@ -54,9 +58,11 @@ def read_image(path: str | PathLike[str] | BinaryIO, name: str | None = None, *,
     try:
         with _open(path) as picture:
             check_pixels(picture.width, picture.height, max_pixels, name)
+            if reduce > 1:
+                picture.draft(None, (picture.width // reduce, picture.height // reduce))
             picture.load()
             upright = ImageOps.exif_transpose(picture)
-        return _rgb(upright)
+        return _rgb(upright, picture.format)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -122,10 +128,10 @@ def image_endings() -> frozenset[str]:
     return frozenset(image.registered_extensions())
 
 
-def _rgb(picture: Image) -> Image:
+def _rgb(picture: Image, form: str | None) -> Image:
     from PIL import Image
 
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", None)):
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and form in ("PNG", "PPM")):
         # 65535 is white; adding a half rounds to the nearest level where convert("L") truncates.
         wide = picture.convert("I")
         return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
@@ -157,33 +163,47 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
-    def view(self, picture: Image) -> Tensor:
+    def view(self, picture: Image, of: tuple[int, int] | None = None) -> Tensor:
         """The crop that the network sees: uint8 [3, H, W] on the CPU, from an RGB picture of any size.
+
+        Args:
+            picture: in mode "RGB".
+            of: (width, height) of the picture that this is a reduced copy of, which says where the crop lies.
 
         Raises:
             InputError: the resized picture would be smaller than the crop, or its aspect ratio is above 1000.
         """
         from PIL import Image
 
-        size, (left, top) = self._geometry(*picture.size)
+        size, (left, top) = self._geometry(*(of or picture.size))
         resized = picture.resize(size, Image.Resampling[self.interpolation.upper()])
         return to_tensor(resized.crop((left, top, left + self.crop[1], top + self.crop[0])))
 
-    def view_of(self, pixels: Tensor) -> Tensor:
+    def view_of(self, pixels: Tensor, of: tuple[int, int] | None = None) -> Tensor:
         """The same of decoded pixels, by PyTorch's resize, several times faster: it differs from Pillow's by at most one level.
 
         Args:
             pixels: uint8 [3, height, width] of any strides; best with the channels innermost.
+            of: as for :meth:`view`.
 
         Raises:
             InputError: as :meth:`view`.
         """
         if self.interpolation not in ("bilinear", "bicubic"):
-            return self.view(to_picture(pixels.permute(1, 2, 0)))
-        (width, height), (left, top) = self._geometry(pixels.shape[2], pixels.shape[1])
+            return self.view(to_picture(pixels.permute(1, 2, 0)), of)
+        (width, height), (left, top) = self._geometry(*(of or (pixels.shape[2], pixels.shape[1])))
         last = pixels[None].contiguous(memory_format=torch.channels_last)
         resized = torch.nn.functional.interpolate(last, (height, width), mode=self.interpolation, antialias=True)
         return resized[0, :, top : top + self.crop[0], left : left + self.crop[1]]
+
+    def reduction(self, width: int, height: int) -> int:
+        """1, 2, 4 or 8: how much smaller a picture may be decoded and still have twice the pixels of the resize, either way up.
+
+        Both sides are multiples of it: of others the last pixels would be parts of pixels, and the crop a little off.
+        """
+        side = self.resize if isinstance(self.resize, int) else max(self.resize)
+        fits = (part for part in (8, 4, 2) if min(width, height) >= 2 * side * part and width % part == height % part == 0)
+        return next(fits, 1)
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of a picture of this size that the crop shows: left, top, right, bottom in its pixels.

@@ -121,7 +121,9 @@ def fingerprint_of(source: Source) -> tuple[str, int]:
 
 def key_hash(key: str) -> int:
     """64 bits of a key, as a signed number."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def _pieces(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:

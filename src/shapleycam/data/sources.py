@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import glob
 import itertools
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike, fspath
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..optional import need
-from .files import Files, Found, LocalFiles, files_of, shown
+from .files import Files, LocalFiles, files_of, matches, shown
 from .images import image_endings
 
 
@@ -28,9 +27,10 @@ class Entry(NamedTuple):
         key: its name, unique in the source.
         path: the file, or the file that holds it (a tar, a table), relative to the source.
         offset: its first byte in a tar, or its row in a table; -1 for a file of its own.
-        length: its bytes in a tar; -1 where it is not known beforehand.
+        length: its bytes in a tar, or those of the file that a table's row names; -1 where it is not known beforehand.
         size: the bytes of ``path`` when it was listed; -1 if they are not known.
-        changed: when ``path`` was changed, in nanoseconds; 0 if it is not known.
+        changed: when ``path`` was changed, or the file that a table's row names, as in :class:`shapleycam.data.files.Found`; 0
+            if it is not known.
         label: the name of its folder, the number or text in a label column, or of a tar's .cls file; None if there is none.
     """
 
@@ -49,11 +49,21 @@ class Source(ABC):
     Attributes:
         address, columns: how to open it again (:func:`open_source`): address, and columns of pictures, keys and labels.
         holds: what its entries are called.
+        files, folder: what the paths of its entries are relative to; None for ``folder`` where they are no files.
+        recursive: whether it also lists what is in the folders below.
     """
 
     address: str
     columns: tuple[str | None, str | None, str | None] = (None, None, None)
     holds = "rows"
+    files: Files
+    folder: str | None = None
+    recursive = False
+
+    @property
+    def local(self) -> Path | None:
+        """The folder of this machine that the pictures are in; None if they are elsewhere."""
+        return Path(self.folder or ".") if self.folder is not None and isinstance(self.files, LocalFiles) else None
 
     @abstractmethod
     def entries(self) -> Iterator[Entry]:
@@ -83,6 +93,7 @@ class PictureFolder(Source):
     """
 
     holds = "image files"
+    folder: str
 
     def __init__(self, files: Files, folder: str, address: str, pattern: str = "**/*", *, recursive: bool = True) -> None:
         self.files, self.folder, self.address = files, folder, address
@@ -93,13 +104,11 @@ class PictureFolder(Source):
         for found in self.files.walk(self.folder, recursive=self.recursive):
             if PurePosixPath(found.path).suffix.lower() in self._endings and matches(found.path, self.pattern):
                 first, nested, _ = found.path.partition("/")
-                yield Entry(shown(found.path), *_file(found), label=shown(first) if nested else None)
+                label = shown(first) if nested else None
+                yield Entry(shown(found.path), found.path, size=found.size, changed=found.changed, label=label)
 
     def load(self, entry: Entry) -> bytes:
-        content = self.files.read(self.files.join(self.folder, entry.path))
-        if 0 <= entry.size != len(content):
-            raise InputError(f"{entry.key} has {len(content)} bytes, and had {entry.size} when it was listed.")
-        return content
+        return self.files.read(self.files.join(self.folder, entry.path), size=entry.size, changed=entry.changed)
 
     def locate(self, entry: Entry) -> str:
         return shown(self.files.join(self.folder, entry.path))
@@ -111,19 +120,23 @@ class Tars(Source):
     The key is the path up to the first dot of the file's name; the label is the number in the ``.cls`` file.
     """
 
-    def __init__(self, files: Files, paths: Sequence[str], address: str) -> None:
-        self.files, self.paths, self.address = files, tuple(paths), address
+    folder: str
+
+    def __init__(self, files: Files, folder: str, paths: Sequence[str], address: str) -> None:
+        self.files, self.folder, self.paths, self.address = files, folder, tuple(paths), address
         self._endings = image_endings()
 
     def entries(self) -> Iterator[Entry]:
         for path in self.paths:
-            at = self.files.find(path)
-            for key, members in itertools.groupby(self._members(path), key=lambda member: member[0]):
+            whole = self.files.join(self.folder, path)
+            at = self.files.find(whole)
+            for key, members in itertools.groupby(self._members(whole), key=lambda member: member[0]):
                 image: tuple[int, int] | None = None
                 label: str | int | None = None
                 for _, ending, offset, length, content in members:
                     if ending == "cls":
-                        label = _number(content.decode(errors="replace").strip())
+                        text = content.decode(errors="replace").strip()
+                        label = label_of(int(text)) if text.isdecimal() else text
                     elif image is None and f".{ending.rpartition('.')[2]}" in self._endings:
                         image = (offset, length)
                 if image is not None:
@@ -147,18 +160,26 @@ class Tars(Source):
                         small = tar.extractfile(member) if ending == "cls" and member.size < 1024 else None
                         key = shown(f"{folder}/{stem}" if folder else stem)
                         yield key, ending, member.offset_data, member.size, small.read() if small else b""
+                    file.seek(tar.offset)
+                    if file.read(512).strip(b"\0"):  # where tarfile takes a damaged header for the end
+                        raise InputError(f"{shown(path)} is damaged: there is no header at byte {tar.offset}, and no end.")
+            except InputError:
+                raise
             except tarfile.TarError as error:
                 raise InputError(f"{shown(path)} is not a plain tar file (a compressed one has no offsets): {error}") from error
+            except Exception as error:  # of the file system
+                raise InputError(f"{shown(path)} cannot be read: {type(error).__name__}: {error}") from error
 
     def load(self, entry: Entry) -> bytes:
-        return self.files.read(entry.path, entry.offset, entry.length)
+        path = self.files.join(self.folder, entry.path)
+        return self.files.read(path, entry.offset, entry.length, size=entry.size, changed=entry.changed)
 
     def locate(self, entry: Entry) -> str:
-        return f"{shown(entry.path)}:{entry.offset}+{entry.length}"
+        return f"{shown(self.files.join(self.folder, entry.path))}:{entry.offset}+{entry.length}"
 
 
 class HuggingFace(Source):
-    """A ``datasets.Dataset`` with a column of images; the label is that of a column "label".
+    """A ``datasets.Dataset`` with a column of images.
 
     It cannot be opened again by its address: whoever needs the pictures later brings the object.
 
@@ -166,12 +187,13 @@ class HuggingFace(Source):
         dataset: with random access (not a streaming one).
         image: the column; None for the only one of type Image, or "image".
         key: a column of unique names; None for the number of the row.
+        label: a column of labels; None for "label", if there is one.
 
     Raises:
         InputError: no such column, or a streaming data set.
     """
 
-    def __init__(self, dataset: Any, image: str | None = None, key: str | None = None) -> None:
+    def __init__(self, dataset: Any, image: str | None = None, key: str | None = None, label: str | None = None) -> None:
         datasets = need("datasets", "datasets")
         if not isinstance(dataset, datasets.Dataset):
             raise InputError(
@@ -184,28 +206,35 @@ class HuggingFace(Source):
             raise InputError(f"Name the column of images (image=); the data set has {list(features)}.")
         self._image = image or ("image" if "image" in features else images[0])
         self._key = key
-        for name in filter(None, (self._image, key)):
+        for name in filter(None, (self._image, key, label)):
             if name not in features:
                 raise InputError(f"The data set has no column {name!r}; it has {list(features)}.")
-        self._label = "label" if "label" in features else None
+        self._label = label or ("label" if "label" in features else None)
+        self.columns = (self._image, self._key, self._label)
         kept = [name for name in (self._image, self._key, self._label) if name]
         self._rows = dataset.select_columns(kept).cast_column(self._image, datasets.Image(decode=False)).with_format(None)
-        self._names = getattr(features.get("label"), "names", None)
+        self._names = getattr(features.get(self._label), "names", None)
         self.address = f"datasets.Dataset {dataset._fingerprint}"
 
     def entries(self) -> Iterator[Entry]:
         small = [name for name in (self._key, self._label) if name]
         labels: Iterable[Any] = self._rows.select_columns(small) if small else ({} for _ in range(len(self._rows)))
         for row, values in enumerate(labels):
-            label = values.get("label")
+            label = values[self._label] if self._label else None
             if self._names and isinstance(label, int) and 0 <= label < len(self._names):
                 label = self._names[label]
             key = str(values[self._key]) if self._key else f"{row:08}"
-            yield Entry(key, self.address, row, label=label)
+            yield Entry(key, self.address, row, label=label_of(label))
 
     def load(self, entry: Entry) -> bytes:
-        cell = self._rows[entry.offset][self._image] or {}
-        return content_of(cell, entry.key, LocalFiles(), "")
+        row = self._rows[entry.offset]
+        if self._key and str(row[self._key]) != entry.key:
+            raise InputError(f"{entry.key} is not what was listed: the row is {str(row[self._key])!r} now.")
+        content = content_of(row[self._image] or {}, entry.key)
+        if isinstance(content, bytes):
+            return content
+        files, path = place_of(content, LocalFiles(), "")
+        return files.read(path)
 
     def locate(self, entry: Entry) -> str:
         return f"{entry.path}:{entry.offset}"
@@ -234,7 +263,7 @@ def open_source(
     if isinstance(source, Source):
         return source
     if not isinstance(source, (str, PathLike)):
-        return HuggingFace(source, image, key)
+        return HuggingFace(source, image, key, label)
     found = _at(fspath(source), image, key, label, recursive)
     if (image or key or label) and found.columns == (None, None, None):
         raise InputError(f"{shown(found.address)} is no table, so it has no columns {image or key or label!r}.")
@@ -248,11 +277,13 @@ def _at(address: str, image: str | None, key: str | None, label: str | None, rec
         for endings in (TABLES, (".tar",)):
             chosen = [name for name in names if name.lower().endswith(endings)]
             if chosen:
-                return _shards(files, [files.join(path, name) for name in chosen], address, image, key, label)
+                return _shards(files, path, chosen, address, image, key, label)
         return PictureFolder(files, path, address, recursive=recursive)
     if files.find(path) is not None:
         if path.lower().endswith((*TABLES, ".tar")):
-            return _shards(files, [path], address, image, key, label)
+            folder, _, name = path.rpartition("/")
+            folder = folder or path[: -len(name)]  # "/", or nothing
+            return _shards(files, folder, [name], address, image, key, label)
         raise InputError(f"{shown(address)} is neither a folder nor a table (.parquet, .arrow) nor a .tar file.")
     if glob.has_magic(path) or "{" in path:
         return _matching(files, path, address, image, key, label)
@@ -266,60 +297,37 @@ def _matching(files: Files, path: str, address: str, image: str | None, key: str
     parts = path.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part) or "{" in part)
     folder, pattern = "/".join(parts[:fixed]) or ("/" if path.startswith("/") else ""), "/".join(parts[fixed:])
+    deep = "/" in pattern or "**" in pattern
     if files.is_folder(folder or "."):
-        found = [f.path for f in files.walk(folder) if matches(f.path, pattern)]
+        found = [f.path for f in files.walk(folder, recursive=deep) if matches(f.path, pattern)]
         shards = [name for name in found if name.lower().endswith((*TABLES, ".tar"))]
         if shards:
-            return _shards(files, [files.join(folder, name) for name in shards], address, image, key, label)
+            source = _shards(files, folder, shards, address, image, key, label)
+            source.recursive = deep
+            return source
         if found:
-            return PictureFolder(files, folder, address, pattern)
+            return PictureFolder(files, folder, address, pattern, recursive=deep)
     raise InputError(f"{shown(address)}: nothing matches.")
 
 
-def _shards(files: Files, paths: Sequence[str], address: str, image: str | None, key: str | None, label: str | None) -> Source:
+def _shards(
+    files: Files, folder: str, paths: Sequence[str], address: str, image: str | None, key: str | None, label: str | None
+) -> Source:
     from .tables import Tables
 
     kinds = {path.lower().rpartition(".")[2] for path in paths}
     if len(kinds) > 1:
         raise InputError(f"{shown(address)} mixes {' and '.join(sorted(kinds))} files: name one kind, such as *.tar.")
     if kinds == {"tar"}:
-        return Tars(files, paths, address)
-    return Tables(files, paths, address, image=image, key=key, label=label)
+        return Tars(files, folder, paths, address)
+    return Tables(files, folder, paths, address, image=image, key=key, label=label)
 
 
-def matches(path: str, pattern: str) -> bool:
-    """Whether a relative path matches a pattern: ``*``, ``?``, ``[]``, ``**`` for any folders, ``{a,b}``, ``{00..19}``."""
-    return any(_glob(one).fullmatch(path) is not None for one in _braces(pattern))
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    said = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
-    parts = []
-    for token in re.findall(r"\*\*/|\*|\?|\[!?\]?[^]]*\]|.", pattern, re.DOTALL):
-        if token in said:
-            parts.append(said[token])
-        elif len(token) > 1:  # a choice of characters
-            parts.append("[" + token[1:-1].replace("\\", r"\\").replace("!", "^", token[1] == "!") + "]")
-        else:
-            parts.append(re.escape(token))
-    return re.compile("".join(parts), re.DOTALL)
-
-
-def _braces(pattern: str) -> list[str]:
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
-    choices = [f"{n:0{len(span[1])}}" for n in numbers] if span else found[1].split(",")
-    return [one for choice in choices for one in _braces(pattern[: found.start()] + choice + pattern[found.end() :])]
-
-
-def content_of(cell: Any, key: str, files: Files, folder: str) -> bytes:
-    """The encoded picture in a cell: bytes, a path, or Hugging Face's struct of both.
+def content_of(cell: Any, key: str) -> bytes | str:
+    """The encoded picture in a cell, or the path of one: from bytes, a path, or Hugging Face's struct of both.
 
     Raises:
-        InputError: there is none, or the file cannot be read.
+        InputError: there is neither.
     """
     path = None
     if isinstance(cell, dict):
@@ -329,15 +337,25 @@ def content_of(cell: Any, key: str, files: Files, folder: str) -> bytes:
     if cell:
         return bytes(cell)
     if path:
-        absolute = path.startswith("/") or "://" in path
-        there, path = files_of(path) if absolute else (files, files.join(folder, path))
-        return there.read(path)
+        return str(path)
     raise InputError(f"{key} has no bytes and no path in the table.")
 
 
-def _file(found: Found) -> tuple[str, int, int, int, int]:
-    return found.path, -1, -1, found.size, found.changed
+def place_of(path: str, files: Files, folder: str) -> tuple[Files, str]:
+    """Where a path in a table leads: it is relative to the table's folder, or absolute, or an address."""
+    return files_of(path) if path.startswith("/") or "://" in path else (files, files.join(folder, path))
 
 
-def _number(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
+def label_of(value: Any) -> str | int | None:
+    """A label as manifests hold it: whole numbers of 64 bits, also where they come as 1.0 or True; all else as a text."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if value != value:  # NaN is how tables of numbers say that there is none
+        return None
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return str(value)
+    return number if number == value and -(2**63) <= number < 2**63 else str(value)

@@ -58,9 +58,10 @@ class Classifier:
         return self.classes[index][0] if 0 <= index < len(self.classes) else f"class {index}"
 
     def fingerprint(self) -> str:
-        """Changes with the model's structure and with every bit of its weights."""
+        """Changes with the model's structure and with every bit of its weights and buffers."""
         digest = hashlib.sha256(str(self.model).encode())
-        for name, tensor in self.model.state_dict().items():
+        # A state_dict lacks the buffers that are not saved with the weights.
+        for name, tensor in {**dict(self.model.named_buffers()), **self.model.state_dict()}.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
