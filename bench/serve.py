@@ -46,7 +46,8 @@ class Peer:
 
     def __init__(self, name: str, command: list[str], port: int, request: bytes) -> None:
         self.name, self.port, self.request = name, port, request
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "SHAPLEYCAM_TOKEN": ""}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("SHAPLEYCAM_TOKEN", None)
         self._log = open(f"/tmp/bench-serve-{name}.log", "w")  # noqa: SIM115 - the process writes it
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment, start_new_session=True)
         end = time.monotonic() + 180

@@ -48,7 +48,7 @@ def test_everything_can_be_told(tmp_path: Path) -> None:
         ("prot = 80", "unknown key 'prot'"),
         ('port = "80"', "port must be int"),
         ("port = true", "port must be int"),
-        ("port = -1", "negative"),
+        ("port = -1", "port must be 0 or more"),
         ("[limits]\nbdoy = 1", "limits"),
         ("[limits]\nformats = [1]", "list of strings"),
         ("models = 3", "tables"),

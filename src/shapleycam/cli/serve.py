@@ -43,7 +43,7 @@ def configuration(
         told = replace(told, port=port)
     if token_file is not None:
         told = replace(told, token=read_token(token_file))
-    elif told.token is None and os.environ.get("SHAPLEYCAM_TOKEN"):
+    elif told.token is None and "SHAPLEYCAM_TOKEN" in os.environ:  # an empty one is a mistake, and not the wish for none
         told = replace(told, token=check_token(os.environ["SHAPLEYCAM_TOKEN"]))
     return told
 
