@@ -44,7 +44,10 @@ def configuration(
     if token_file is not None:
         told = replace(told, token=read_token(token_file))
     elif told.token is None and "SHAPLEYCAM_TOKEN" in os.environ:  # an empty one is a mistake, and not the wish for none
-        told = replace(told, token=check_token(os.environ["SHAPLEYCAM_TOKEN"]))
+        try:
+            told = replace(told, token=check_token(os.environ["SHAPLEYCAM_TOKEN"]))
+        except InputError as error:
+            raise InputError(f"SHAPLEYCAM_TOKEN is set, and is none: {error} Unset it to serve without one.") from error
     return told
 
 

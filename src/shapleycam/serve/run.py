@@ -184,19 +184,19 @@ class BoundedProtocol(HttpToolsProtocol):
     """HTTP/1.1 of which a client cannot have more than its share.
 
     A request's headers, also of one that follows another before its answer, arrive within ``header_time`` seconds and 64 KiB;
-    uvicorn itself waits for ever. Of more than ``limits.connections`` the one that has been idle longest is closed: uvicorn's own
+    uvicorn itself waits for ever. Of more connections than allowed the one that has been idle longest is closed: uvicorn's own
     limit would refuse requests, those of the probes too.
     """
 
     limits = Limits()
     _late: asyncio.TimerHandle | None = None  # runs while headers are expected
     _early = 0  # bytes that came meanwhile
-    _since = 0.0  # when the connection was last of use
+    _since = 0.0  # when the connection was last of use; not by uvloop's clock, which stands still within a turn
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See :class:`asyncio.Protocol`."""
         super().connection_made(transport)
-        self._since = self.loop.time()
+        self._since = time.monotonic()
         self._expect()
         most = self.limits.connections
         if len(self.connections) > most:
@@ -235,7 +235,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
-        self._since = self.loop.time()
+        self._since = time.monotonic()
         super().on_response_complete()
 
     def _idle(self) -> bool:
