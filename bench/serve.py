@@ -200,7 +200,7 @@ class Bare:
 
 
 def at(times: list[float], share: float) -> float:
-    """A percentile."""
+    """A percentile; of less than 101 times p99 is the slowest, and of less than 201 the second slowest."""
     return sorted(times)[min(len(times) - 1, int(share * len(times)))]
 
 

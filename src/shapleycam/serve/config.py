@@ -99,7 +99,7 @@ class ModelConfig:
         max_batch: most images of a batch; None measures at the start.
         queue: most requests admitted and not answered.
         wait: seconds that a batch waits for more.
-        decoders: threads that decode pictures; each may hold some 16 bytes per pixel of ``limits.pixels``.
+        decoders: threads that decode pictures; each may hold 30 bytes per pixel of ``limits.pixels``.
 
     Raises:
         InputError: a number that makes no sense.
