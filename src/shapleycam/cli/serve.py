@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def configuration(
 
 
 def run_serve(told: ServerConfig, log_level: str, notes: Console) -> int:
-    """Serve; returns the exit status.
+    """Serve; returns the exit status, but ends the process itself where some thread of it does not end.
 
     Raises:
         ShapleyCamError: the extra is missing, a model cannot be loaded, or the address cannot be had.
@@ -60,11 +61,15 @@ def run_serve(told: ServerConfig, log_level: str, notes: Console) -> int:
     for module in ("fastapi", "uvicorn", "httptools", "prometheus_client", "python_multipart"):
         need(module, "serve")
     from ..serve.logs import set_up
-    from ..serve.run import serve
+    from ..serve.run import UNFINISHED, serve
 
     if told.host not in ("127.0.0.1", "::1", "localhost") and told.token is None:
         notes.print(f"[yellow]warning:[/] {told.host} can be reached by others, and no token is asked of them (--token-file).")
     if notes.is_terminal:
         notes.print(f"shapleycam serves {', '.join(told.models)} at http://{told.host}:{told.port}/ — Ctrl-C ends it")
     set_up(log_level)
-    return serve(told)
+    status = serve(told)
+    if status == UNFINISHED:  # Python would wait for a decoder that hangs, in spite of the grace time
+        logging.shutdown()
+        os._exit(status)
+    return status
