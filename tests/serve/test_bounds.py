@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
 import json
 import socket
@@ -93,15 +94,21 @@ def test_requests_may_follow_one_another_but_not_without_end(one: Known) -> None
         found.model.open.set()
 
 
-def test_idle_connections_make_room_and_requests_are_not_refused(one: Known) -> None:
+@pytest.mark.parametrize("said", [b"", b"GET /", POST + b"Content-Length: 5000\r\n\r\nx"], ids=["idle", "headers", "body"])
+def test_connections_that_wait_for_their_clients_make_room(one: Known, said: bytes) -> None:
     with live(limits=Limits(connections=4)) as found:
         busy = waiting(found, one.data)
         idle = [connect(found) for _ in range(40)]
+        for sock in idle:
+            with contextlib.suppress(OSError):  # closed already
+                sock.sendall(said)
         answer = CLIENT.get(f"{found.url}/healthz")
         assert answer.status_code == 200 and "x-request-id" in answer.headers
         until(lambda: len(found.uvicorn.server_state.connections) <= 4)
         for sock in idle[:30]:
             assert closed(sock) == b""
+        for sock in idle:
+            sock.close()
         found.model.open.set()
         assert busy.recv(65536).startswith(b"HTTP/1.1 200")
 

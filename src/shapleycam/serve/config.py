@@ -56,7 +56,7 @@ class Limits:
         instances: images of one request of the protocols that take several.
         classes: explained classes of one image.
         side: longest side of a map that is asked for, in pixels.
-        connections: open at once; of more, those that have been idle longest are closed.
+        connections: open at once; of more, those that wait longest for their clients are closed.
 
     Raises:
         InputError: a number that is no such thing.

@@ -184,8 +184,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """HTTP/1.1 of which a client cannot have more than its share.
 
     A request's headers, also of one that follows another before its answer, arrive within ``header_time`` seconds and 64 KiB;
-    uvicorn itself waits for ever. Of more connections than allowed the one that has been idle longest is closed: uvicorn's own
-    limit would refuse requests, those of the probes too.
+    uvicorn itself waits for ever. Of more connections than allowed the one that waits longest for its client is closed, where
+    uvicorn's own limit would refuse requests, those of the probes too.
     """
 
     limits = Limits()
@@ -200,8 +200,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._expect()
         most = self.limits.connections
         if len(self.connections) > most:
-            idle = [one for one in self.connections if isinstance(one, BoundedProtocol) and one._idle()]
-            for one in sorted(idle, key=lambda one: one._since)[: len(self.connections) - most]:
+            waiting = [one for one in self.connections if isinstance(one, BoundedProtocol) and one._waits()]
+            for one in sorted(waiting, key=lambda one: one._since)[: len(self.connections) - most]:
                 one._drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -240,6 +240,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+    def _waits(self) -> bool:
+        """For its client: nothing of it is being answered."""
+        return self._idle() or self.cycle.more_body
 
     def _expect(self) -> None:
         self._early = 0

@@ -30,7 +30,6 @@ def read(body: bytes, json_size: str | None, most: int) -> tuple[dict[str, Any],
     Args:
         body: all of it.
         json_size: the header ``Inference-Header-Content-Length``; None where there is nothing but JSON.
-
         most: images of one request, the first dimension of every input.
 
     Raises:
