@@ -1,6 +1,6 @@
 """A server process with the tiny model: ``python -m tests.serve.process PRE_STOP GRACE``.
 
-What it serves waits while the file named by HOLD exists, and PAUSE seconds per batch.
+What it serves waits while the file named by HOLD exists, and PAUSE seconds per batch; with HANG set, its decoders do for ever.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from shapleycam.cli.serve import run_serve
 from shapleycam.serve import run
 from shapleycam.serve.config import ModelConfig, ServerConfig
-from shapleycam.serve.logs import set_up
 from shapleycam.serve.runtime import ExplainerRuntime
+from shapleycam.serve.service import Service
 
 from .tiny import classifier
 
@@ -31,9 +34,11 @@ def main() -> int:
 
     found.model.register_forward_pre_hook(wait)
     run.load_runtime = lambda told: ExplainerRuntime(found)
-    set_up()
+    if os.environ.get("HANG"):
+        Service._item = lambda *_: time.sleep(3600)  # type: ignore[assignment, method-assign]
     pre_stop, grace = map(float, sys.argv[1:])
-    return run.serve(ServerConfig(port=0, pre_stop=pre_stop, grace=grace, models={"tiny": ModelConfig(max_batch=2)}))
+    told = ServerConfig(port=0, pre_stop=pre_stop, grace=grace, models={"tiny": ModelConfig(max_batch=2)})
+    return run_serve(told, "info", Console(stderr=True))
 
 
 if __name__ == "__main__":

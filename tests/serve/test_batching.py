@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
 from shapleycam import ShapleyCamError
 from shapleycam.serve import Batcher, DeadlinePassed, OutOfMemory, Overloaded, Stopped, Watch, tune
@@ -160,7 +161,14 @@ def test_a_poisoned_batch_fails_only_the_bad_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError, MemoryError, lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError,
+        MemoryError,
+        lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        lambda: RuntimeException("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer"),
+        lambda: Fail("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0"),
+    ],
 )
 def test_a_batch_that_does_not_fit_is_split_and_later_ones_are_smaller(error: Callable[[], Exception]) -> None:
     def fault(items: list[Any]) -> None:
@@ -210,6 +218,41 @@ def test_a_lost_device_is_a_dead_thread() -> None:
     with pytest.raises(Stopped):
         batcher.admit()[0].submit(1).result(10)
     assert batcher.state == "dead"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Fail("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700: an illegal memory access was encountered ; GPU=0"),
+        Fail("[ONNXRuntimeError] : 1 : FAIL : CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    ],
+)
+def test_a_device_that_onnx_runtime_has_lost_is_a_dead_thread_too(error: Exception) -> None:
+    def run(key: Hashable, items: list[Any]) -> list[Any]:
+        raise error
+
+    batcher = Batcher(run).start(10)
+    with pytest.raises(Stopped):
+        batcher.admit()[0].submit(1).result(10)
+    assert batcher.state == "dead"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Fail("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node."),
+        ValueError("the user wrote: CUDA failure 700"),
+    ],
+)
+def test_other_errors_are_of_one_item(error: Exception) -> None:
+    def run(key: Hashable, items: list[Any]) -> list[Any]:
+        raise error
+
+    batcher = Batcher(run).start(10)
+    with pytest.raises(type(error)):
+        batcher.admit()[0].submit(1).result(10)
+    assert batcher.state == "ready" and batcher.stop()
 
 
 def test_too_few_results_are_an_error_and_nobody_gets_anothers() -> None:
@@ -265,6 +308,20 @@ def test_stopping_drains_and_after_its_time_fails_what_is_left() -> None:
     gate.open.set()  # the thread comes back, and nobody wants its result
     batcher._thread.join(10)
     assert not batcher._thread.is_alive() and batcher.state == "stopped" and batcher.busy_for() == 0
+
+
+def test_stopping_has_one_time_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    batcher = Batcher(gate, max_batch=1).start(10)
+    stuck = held_at(gate, batcher)
+    waited: list[float] = []
+    join = batcher._thread.join
+    monkeypatch.setattr(batcher._thread, "join", lambda seconds: (waited.append(seconds), join(seconds)))
+    assert not batcher.stop(1.0)  # all of which goes into waiting for the one that is stuck
+    assert len(waited) == 1 and waited[0] < 0.5
+    with pytest.raises(Stopped):
+        stuck.result(10)
+    gate.open.set()
 
 
 def test_many_threads_get_their_own_answers() -> None:

@@ -48,7 +48,18 @@ def test_everything_can_be_told(tmp_path: Path) -> None:
         ("prot = 80", "unknown key 'prot'"),
         ('port = "80"', "port must be int"),
         ("port = true", "port must be int"),
-        ("port = -1", "negative"),
+        ("port = -1", "port must be 0 or more"),
+        ("port = 65536", "port is 0"),
+        ("grace = inf", "grace must be 0 or more, and finite"),
+        ("stall = nan", "stall must be positive, and finite"),
+        ("stall = true", "stall must be float"),
+        ("[limits]\nrequest_time = nan", r"\[limits\]: request_time must be positive"),
+        ("[limits]\nbody = 0", r"\[limits\]: body must be positive"),
+        ("[limits]\nbody = -5", r"\[limits\]: body must be positive"),
+        ("[limits]\nbody = 1.5", "body must be int"),
+        ("[models.a]\ncheck = 5.0", r"\[models.a\]: check is a fraction"),
+        ("[models.a]\nmax_batch = 0", "max_batch must be positive"),
+        ("[models.a]\nwait = -1", "wait must be 0 or more"),
         ("[limits]\nbdoy = 1", "limits"),
         ("[limits]\nformats = [1]", "list of strings"),
         ("models = 3", "tables"),
@@ -77,6 +88,13 @@ def test_options_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (told.host, told.port) == ("::1", 0)
     file = tmp_path / "a.toml"
     file.write_text("")
+    with pytest.raises(ShapleyCamError, match="port is 0"):
+        configuration(None, {}, None, 70_000, None)
+    monkeypatch.setenv("SHAPLEYCAM_TOKEN", "")  # of a secret that is missing
+    with pytest.raises(ShapleyCamError, match="SHAPLEYCAM_TOKEN.*16"):
+        configuration(None, {}, None, None, None)
+    monkeypatch.delenv("SHAPLEYCAM_TOKEN")
+    assert configuration(None, {}, None, None, None).token is None
     with pytest.raises(ShapleyCamError, match="--max-batch and --config exclude"):
         configuration(file, {"max_batch": 1}, None, None, None)
 
@@ -90,6 +108,7 @@ def test_options_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (ModelConfig(device="cuda:99"), "cuda:99"),
         (ModelConfig(methods=("gradcam", "nonsense")), "nonsense"),
         (ModelConfig(runtime="onnx", file="/nonexistent.onnx"), "cannot be run"),
+        (ModelConfig(runtime="onnx", file="/nonexistent.onnx", check=0.1), "check is not for files"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_says_why(told: ModelConfig, words: str) -> None:

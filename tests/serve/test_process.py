@@ -59,9 +59,9 @@ class Process:
 def start(tmp_path: Path) -> Iterator[Any]:
     started: list[Process] = []
 
-    def begin(pre_stop: float = 0.0, grace: float = 10.0, hold: Path | None = None) -> Process:
+    def begin(pre_stop: float = 0.0, grace: float = 10.0, hold: Path | None = None, **env: str) -> Process:
         command = [sys.executable, "-m", "tests.serve.process", str(pre_stop), str(grace)]
-        process = Process(command, tmp_path / "log", {"HOLD": str(hold or tmp_path / "none"), "OMP_NUM_THREADS": "1"})
+        process = Process(command, tmp_path / "log", {"HOLD": str(hold or tmp_path / "none"), "OMP_NUM_THREADS": "1", **env})
         started.append(process)
         return process
 
@@ -122,6 +122,20 @@ def test_what_is_not_done_within_the_grace_time_is_dropped_and_said(start: Any, 
         with contextlib.suppress(httpx.TransportError):  # cut off
             assert stuck.result().status_code >= 500
     assert process.group() == []
+
+
+@pytest.mark.slow
+def test_a_decoder_that_hangs_does_not_keep_the_process(start: Any) -> None:
+    process = start(grace=1.0, HANG="1")
+    with ThreadPoolExecutor(1) as pool:
+        stuck = pool.submit(CLIENT.post, f"{process.url}/v1/explain", content=known(0).data)
+        while CLIENT.get(f"{process.url}/metrics").text.find('shapleycam_queue_requests{model="tiny"} 1.0') < 0:
+            time.sleep(0.02)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(15) == 1
+        with contextlib.suppress(httpx.TransportError):  # cut off
+            assert stuck.result().status_code >= 500
+    assert process.group() == [] and [line["event"] for line in process.lines()][-1] == "stopped"
 
 
 @pytest.mark.slow

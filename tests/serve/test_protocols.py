@@ -17,8 +17,9 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from shapleycam import Explainer
+from shapleycam.serve import ExplainerRuntime, Maps
 
-from .tiny import CLASSES, PREPROCESS, SIDE, Known, Live, classifier, known
+from .tiny import CLASSES, PREPROCESS, SIDE, Known, Live, classifier, known, live
 
 IMAGES = [known(seed) for seed in range(3)]
 
@@ -78,7 +79,7 @@ def test_kserve_parameters_and_those_of_an_instance(client: httpx.Client) -> Non
     ("content", "status", "words"),
     [
         (b"no json", 400, "no JSON"),
-        (b"[" * 100_000, 400, "no JSON"),
+        (b"[" * 100_000, 400, "nested too deeply"),
         (b"[]", 400, "instances"),
         (b'{"instances": []}', 400, "at least one"),
         (b'{"instances": [3]}', 400, "Instance 0"),
@@ -208,7 +209,18 @@ IMAGE: dict[str, Any] = {"name": "image", "shape": [1], "datatype": "BYTES", "da
         (v2({**IMAGE, "datatype": "FP32", "data": [1.5]}), "BYTES [N]"),
         (v2({**IMAGE, "datatype": "FP32", "data": ["x"]}), "does not hold"),
         (v2({**IMAGE, "datatype": "UINT8", "data": [256]}), "does not hold"),
-        (v2({**IMAGE, "datatype": "FP32", "shape": [10**9] * 3, "data": [1.0]}), "does not hold"),
+        (v2({**IMAGE, "datatype": "FP32", "shape": [1, 10**9, 10**9], "data": [1.0]}), "does not hold"),
+        (v2({**IMAGE, "shape": [1] * 9}), "1 to 8 positive"),
+        (v2({**IMAGE, "shape": [1, 2**31]}), "1 to 8 positive"),
+        (v2({**IMAGE, "shape": [1, True]}), "1 to 8 positive"),
+        (v2({**IMAGE, "shape": [0], "data": []}), "1 to 8 positive"),
+        (v2({**IMAGE, "shape": []}), "1 to 8 positive"),
+        (v2({**IMAGE, "datatype": "FP32", "shape": [1] + [10**18] * 50_000, "data": []}), "1 to 8 positive"),
+        (v2(IMAGE, {"name": "target", "shape": [1, 0], "datatype": "INT64", "data": []}), "1 to 8 positive"),
+        (v2({**IMAGE, "datatype": ["FP32"]}), "a datatype"),
+        (v2(IMAGE, id="x" * 257), "256"),
+        (v2(IMAGE, id=7), "256"),
+        (b"[" * 100_000, "nested too deeply"),
         (v2({**IMAGE, "parameters": {"binary_data_size": 10}}), "10 bytes"),
         (v2({**IMAGE, "parameters": {"binary_data_size": -1}}), "-1"),
         (v2(IMAGE, {"name": "target", "shape": [2], "datatype": "INT64", "data": [1, 2]}), "of 2 images"),
@@ -224,7 +236,7 @@ def test_a_v2_body_that_is_none(client: httpx.Client, body: bytes, words: str) -
     assert response.status_code == 400 and words in response.json()["error"], response.text
 
 
-@pytest.mark.parametrize("size", ["-1", "x", "0", "999999"])
+@pytest.mark.parametrize("size", ["-1", "x", "0", "999999", pytest.param("9" * 5000, id="long")])
 def test_a_wrong_length_of_the_json(client: httpx.Client, size: str) -> None:
     headers = {"inference-header-content-length": size}
     response = client.post("/v2/models/tiny/infer", content=v2(IMAGE) + bytes(9), headers=headers)
@@ -237,6 +249,62 @@ def test_elements_that_end_too_early(client: httpx.Client, rest: bytes) -> None:
     headers = {"inference-header-content-length": str(len(head))}
     response = client.post("/v2/models/tiny/infer", content=head + rest, headers=headers)
     assert response.status_code == 400 and "ends within" in response.json()["error"]
+
+
+# ------------------------------------------------------------------------------------------------ numbers and derivatives
+
+
+def tensor(value: float) -> bytes:
+    image = PREPROCESS.normalise(IMAGES[0].view).clone()
+    image[0, 0, 0] = value
+    return v2({"name": "image", "shape": [1, 3, SIDE, SIDE], "datatype": "FP32", "data": image.flatten().tolist()})
+
+
+def infer(url: str, output: str, value: float = 0.0, **parameters: Any) -> httpx.Response:
+    body = json.loads(tensor(value))
+    told = {"outputs": [{"name": output, "parameters": {"binary_data": bool(parameters)}}], "parameters": parameters}
+    return httpx.post(f"{url}/v2/models/tiny/infer", content=json.dumps({**body, **told}), verify=False)
+
+
+@pytest.mark.filterwarnings("ignore:The maps of images")
+def test_what_is_not_finite_is_no_answer(client: httpx.Client, shared: Live) -> None:
+    for value in (float("nan"), float("inf")):
+        image = json.loads(tensor(value))["inputs"][0]["data"]
+        pixels = torch.tensor(image).reshape(3, SIDE, SIDE).tolist()
+        answers = [
+            client.post("/v1/models/tiny:predict", content=json.dumps({"instances": [pixels]})),
+            client.post("/v1/models/tiny:explain", content=json.dumps({"instances": [pixels]})),
+            infer(shared.url, "prediction", value),
+            infer(shared.url, "prediction", value, binary_data_output=True),
+        ]
+        for answer in answers:
+            assert answer.status_code == 422 and "prediction of image 0 is not finite" in answer.json()["error"]
+
+
+class Loud(ExplainerRuntime):
+    def explain(self, images: Any, question: Any, targets: Any) -> Maps:
+        maps = super().explain(images, question, targets)
+        assert maps.raw is not None
+        maps.raw.mul_(1e6)
+        return maps
+
+
+def test_maps_that_fp16_cannot_hold_are_refused_with_advice() -> None:
+    with live(Loud(classifier())) as found:
+        refused = infer(found.url, "raw", map_datatype="FP16")
+        assert refused.status_code == 422 and "ask for it in FP32" in refused.json()["error"]
+        assert infer(found.url, "raw", map_datatype="FP32").status_code == 200
+        assert infer(found.url, "saliency_map", map_datatype="FP16").status_code == 200
+
+
+def test_an_engine_that_the_model_has_no_derivatives_for_is_the_clients_mistake(one: Known) -> None:
+    bent = classifier()
+    bent.model.head = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, CLASSES))
+    with live(ExplainerRuntime(bent, layer="features")) as found, httpx.Client(base_url=found.url, verify=False) as asking:
+        refused = asking.post("/v1/explain?engine=closed_form", content=one.data)
+        assert refused.status_code == 422 and refused.json()["error"]["kind"] == "invalid"
+        assert "closed_form" in refused.json()["error"]["message"]
+        assert asking.post("/v1/explain?engine=reverse_over_reverse", content=one.data).status_code == 200
 
 
 # ---------------------------------------------------------------------------------------------------------- TorchServe

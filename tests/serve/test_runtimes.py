@@ -15,6 +15,7 @@ import numpy
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from shapleycam import Explainer, ShapleyCamError, ShapleyCamWarning
@@ -248,6 +249,44 @@ def test_tensors_are_taken_and_wrong_ones_refused() -> None:
             service.explain(PREPROCESS.normalise(one.view)).overlay()
         with pytest.raises(ShapleyCamError, match="at least one image"):
             service.submit([])
+
+
+def fixed(file: Path, count: int, target: bool) -> tuple[str, numpy.ndarray]:
+    """A program of so many rows at a time: a map per class, or of the target; the prediction is each map's mean."""
+    weights = numpy.random.default_rng(0).normal(size=(CLASSES, 3, 1, 1)).astype("f4")
+    maps = "maps" if target else "raw"
+    nodes = [
+        helper.make_node("Conv", ["image", "weights"], [maps]),
+        helper.make_node("ReduceMean", [maps], ["prediction"], axes=[2, 3], keepdims=0),
+    ]
+    shapes = {"prediction": [count, CLASSES], "raw": [count, CLASSES, SIDE, SIDE]}
+    inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, [count, 3, SIDE, SIDE])]
+    if target:
+        nodes.append(helper.make_node("Unsqueeze", ["target", "one"], ["column"]))
+        nodes.append(helper.make_node("GatherND", ["maps", "column"], ["raw"], batch_dims=1))
+        inputs.append(helper.make_tensor_value_info("target", TensorProto.INT64, [count]))
+        shapes["raw"] = [count, SIDE, SIDE]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    given = [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(numpy.array([1]), "one")]
+    graph = helper.make_graph(nodes, "fixed", inputs, outputs, given)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    onnx.save(model, file)
+    return str(file), weights[:, :, 0, 0]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("count", "target"), [(1, False), (4, False), (1, True), (4, True)])
+def test_a_file_of_so_many_rows_is_filled_up(tmp_path: Path, engine: str, count: int, target: bool) -> None:
+    file, weights = fixed(tmp_path / "fixed.onnx", count, target)
+    images = [PREPROCESS.normalise(pixels(seed)) for seed in range(6)]
+    with Service(OnnxRuntime(file, PREPROCESS, engine=engine), max_batch=6) as service:
+        question = Question(targets=(3, 1))
+        answers = [future.result(20) for future in service.submit(images, question)]
+    for image, answer in zip(images, answers, strict=True):
+        maps = numpy.einsum("kc,chw->khw", weights.astype(float), image.numpy().astype(float))
+        assert numpy.allclose(answer.logits, maps.mean((1, 2)), atol=1e-4)
+        assert numpy.allclose(answer.raw, maps[[3, 1]], atol=1e-4)
 
 
 @pytest.mark.parametrize("devices", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -43,13 +44,16 @@ def configuration(
         told = replace(told, port=port)
     if token_file is not None:
         told = replace(told, token=read_token(token_file))
-    elif told.token is None and os.environ.get("SHAPLEYCAM_TOKEN"):
-        told = replace(told, token=check_token(os.environ["SHAPLEYCAM_TOKEN"]))
+    elif told.token is None and "SHAPLEYCAM_TOKEN" in os.environ:  # an empty one is a mistake, and not the wish for none
+        try:
+            told = replace(told, token=check_token(os.environ["SHAPLEYCAM_TOKEN"]))
+        except InputError as error:
+            raise InputError(f"SHAPLEYCAM_TOKEN is set, and is none: {error} Unset it to serve without one.") from error
     return told
 
 
 def run_serve(told: ServerConfig, log_level: str, notes: Console) -> int:
-    """Serve; returns the exit status.
+    """Serve; returns the exit status, but ends the process itself where some thread of it does not end.
 
     Raises:
         ShapleyCamError: the extra is missing, a model cannot be loaded, or the address cannot be had.
@@ -57,11 +61,15 @@ def run_serve(told: ServerConfig, log_level: str, notes: Console) -> int:
     for module in ("fastapi", "uvicorn", "httptools", "prometheus_client", "python_multipart"):
         need(module, "serve")
     from ..serve.logs import set_up
-    from ..serve.run import serve
+    from ..serve.run import UNFINISHED, serve
 
     if told.host not in ("127.0.0.1", "::1", "localhost") and told.token is None:
         notes.print(f"[yellow]warning:[/] {told.host} can be reached by others, and no token is asked of them (--token-file).")
     if notes.is_terminal:
         notes.print(f"shapleycam serves {', '.join(told.models)} at http://{told.host}:{told.port}/ — Ctrl-C ends it")
     set_up(log_level)
-    return serve(told)
+    status = serve(told)
+    if status == UNFINISHED:  # Python would wait for a decoder that hangs, in spite of the grace time
+        logging.shutdown()
+        os._exit(status)
+    return status

@@ -6,6 +6,7 @@ Everything here needs Pillow (``pip install 'shapleycam[cli]'``) and neither num
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,8 +29,17 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_PIXELS = 89_478_485
 
 
+class TooManyPixels(InputError):
+    """A picture has more pixels than may be decoded."""
+
+
 def read_image(
-    path: str | PathLike[str] | BinaryIO, name: str | None = None, *, max_pixels: int = MAX_PIXELS, reduce: int = 1
+    path: str | PathLike[str] | BinaryIO,
+    name: str | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    reduce: int = 1,
+    formats: Sequence[str] | None = None,
 ) -> Image:
     """Decode a file as an upright 8-bit RGB picture.
 
@@ -43,20 +53,22 @@ def read_image(
         max_pixels: a picture with more is refused before it is decoded (a small file may unpack to gigabytes).
         reduce: 1, 2, 4 or 8: decode a JPEG at this part of its width and height, from that many fewer of its coefficients;
             of no effect on other formats.
+        formats: Pillow's names of those that are tried; None for all.
 
     Returns:
         A Pillow image in mode "RGB".
 
     Raises:
-        InputError: the file is missing, unreadable, truncated, not an image, too large, or holds 32-bit samples, which
-            have no defined white point.
+        TooManyPixels: it is too large.
+        InputError: the file is missing, unreadable, truncated, not an image, or holds 32-bit samples, which have no defined
+            white point.
         ImportError: Pillow is not installed.
     """
     from PIL import ImageOps, UnidentifiedImageError
 
     name = str(path) if name is None else name
     try:
-        with _open(path) as picture:
+        with _open(path, formats) as picture:
             check_pixels(picture.width, picture.height, max_pixels, name)
             if reduce > 1:
                 picture.draft(None, (picture.width // reduce, picture.height // reduce))
@@ -77,14 +89,14 @@ def read_image(
         raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}.") from error
 
 
-def _open(path: str | PathLike[str] | BinaryIO) -> Image:
+def _open(path: str | PathLike[str] | BinaryIO, formats: Sequence[str] | None) -> Image:
     """``Image.open`` without Pillow's own limit, a global that cannot be set for one call alone; ours is checked instead."""
     from PIL import Image
 
     with _LIMIT:
         theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path)
+            return Image.open(path, formats=None if formats is None else list(formats))
         finally:
             Image.MAX_IMAGE_PIXELS = theirs
 
@@ -96,10 +108,10 @@ def check_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
     """Refuse a picture that is too large to decode.
 
     Raises:
-        InputError: it has more than ``max_pixels``.
+        TooManyPixels: it has more than ``max_pixels``.
     """
     if width * height > max_pixels:
-        raise InputError(f"{name} has {width} × {height} pixels, more than the limit of {max_pixels}.")
+        raise TooManyPixels(f"{name} has {width} × {height} pixels, more than the limit of {max_pixels}.")
 
 
 def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:

@@ -47,6 +47,7 @@ def create_app(server: Server, *, manage: bool = True) -> FastAPI:
         version=__version__,
         description="Attribution maps of image classifiers.",
         lifespan=lifespan,
+        redirect_slashes=False,  # to wherever the client's Host header says
         docs_url=None,
         redoc_url=None,
         openapi_tags=[
@@ -112,9 +113,10 @@ def create_app(server: Server, *, manage: bool = True) -> FastAPI:
         add_page(app, server)
 
     def is_open(path: str) -> bool:
-        if path in ("/healthz", "/readyz", "/ping", "/v2/health/live", "/v2/health/ready", "/"):
-            return True
-        return path.startswith("/page/") or (path == "/metrics" and server.config.open_metrics)
+        return path in PROBES or path == "/" or path.startswith("/page/") or (path == "/metrics" and server.config.open_metrics)
+
+    for route in [one for one in app.routes if getattr(one, "path", "") in PROBES]:  # load balancers ask with HEAD
+        app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)  # type: ignore[attr-defined]
 
     app.add_middleware(
         Guard, limits=server.config.limits, token=server.config.token, open_paths=is_open, metrics=server.metrics
@@ -122,6 +124,8 @@ def create_app(server: Server, *, manage: bool = True) -> FastAPI:
     return app
 
 
+#: Answered without a token, and to HEAD.
+PROBES = ("/healthz", "/readyz", "/ping", "/v2/health/live", "/v2/health/ready")
 _HEALTH: dict[int | str, dict[str, Any]] = {
     200: {"description": "Yes", "content": {"application/json": {"example": {"status": "ok"}}}},
     503: {"description": "No", "content": {"application/json": {"example": {"status": "not ready"}}}},

@@ -59,7 +59,10 @@ class OutOfMemory(BatcherError):
 
 
 class Watch:
-    """What a batcher tells while it works; every method may be overridden, and is called from the batcher's threads."""
+    """What a batcher, and the service around it, tell while they work; every method may be overridden. Called from threads."""
+
+    def prepared(self, seconds: float) -> None:
+        """A picture was decoded, resized and normalised."""
 
     def waited(self, seconds: float) -> None:
         """An item waited so long between :meth:`Slot.submit` and its batch."""
@@ -204,17 +207,21 @@ class Batcher(Generic[T, R]):
         Returns:
             whether everything was finished, and the thread ended.
         """
-        bound = None if timeout == math.inf else timeout
+        until = time.monotonic() + timeout
+
+        def left() -> float | None:
+            return None if timeout == math.inf else max(until - time.monotonic(), 0.1)
+
         with self._condition:
             if self._state in ("starting", "ready"):
                 self._state = "draining"
-            finished = self._condition.wait_for(lambda: self._held == 0 or self._state == "dead", bound)
+            finished = self._condition.wait_for(lambda: self._held == 0 or self._state == "dead", left())
             if self._state != "dead":
                 self._state = "stopped"
             self._condition.notify_all()
         self._fail(Stopped("The server stopped before this request was served."))
         if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(bound if bound is None else max(bound, 0.1))
+            self._thread.join(left())
         return finished and not self._thread.is_alive() and self._error is None
 
     @property
@@ -244,7 +251,7 @@ class Batcher(Generic[T, R]):
             with self._condition:
                 if job in self._queue:  # its item must not be held until a slow batch ends
                     self._queue.remove(job)
-            self._watch.happened("cancelled")
+            self._watch.happened("deadline" if time.monotonic() >= job.deadline else "cancelled")
         job.item = None  # the caller may keep the future, which holds the job
         self._release()
 

@@ -16,6 +16,7 @@ max_batch = 8
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 import types
@@ -31,25 +32,38 @@ from .pictures import FORMATS
 C = TypeVar("C")
 
 
+def _check_numbers(told: Any, *zero: str) -> None:
+    """Numbers are finite and positive; 0 goes for those that are named."""
+    for one in dataclasses.fields(told):
+        value, least = getattr(told, one.name), "0 or more" if one.name in zero else "positive"
+        if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 or (value == 0 and one.name in zero))):
+            raise InputError(f"{one.name} must be {least}, and finite, got {value}.")
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What clients may cost. Sizes are bytes, times seconds.
+    """What clients may cost. Sizes are bytes, times seconds; all are positive.
 
     Attributes:
         body: of one request.
-        bodies: of all requests that are being read or answered.
+        answer: of one answer, as estimated before it is computed.
+        bodies: of all requests that are being read or answered, and of their answers.
         header_time, body_time: for a request's headers, and its whole body, to arrive.
-        answer_time: for a client to take the next part of its answer.
+        answer_time: for a client to take its answer.
         request_time: from admission to the answer; clients may ask for less.
         pixels: of a picture, width times height.
         formats: of pictures, some of PNG, JPEG and WEBP.
         instances: images of one request of the protocols that take several.
         classes: explained classes of one image.
         side: longest side of a map that is asked for, in pixels.
-        connections: open at once.
+        connections: open at once; of more, those that wait longest for their clients are closed.
+
+    Raises:
+        InputError: a number that is no such thing.
     """
 
     body: int = 10_000_000
+    answer: int = 50_000_000
     bodies: int = 256_000_000
     header_time: float = 10.0
     body_time: float = 20.0
@@ -61,6 +75,9 @@ class Limits:
     classes: int = 10
     side: int = 2048
     connections: int = 512
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +99,10 @@ class ModelConfig:
         max_batch: most images of a batch; None measures at the start.
         queue: most requests admitted and not answered.
         wait: seconds that a batch waits for more.
-        decoders: threads that decode and draw.
+        decoders: threads that decode pictures; each may hold 30 bytes per pixel of ``limits.pixels``.
+
+    Raises:
+        InputError: a number that makes no sense.
     """
 
     model: str | None = None
@@ -104,6 +124,11 @@ class ModelConfig:
     wait: float = 0.0
     decoders: int = 2
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "wait", "check")
+        if self.check is not None and self.check > 1:
+            raise InputError(f"check is a fraction, at most 1, got {self.check}.")
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -116,9 +141,12 @@ class ServerConfig:
         open_metrics: whether /metrics needs no token.
         page: whether the page is served at /.
         pre_stop: seconds between SIGTERM and the end of listening, in which /readyz says no and requests are still served.
-        grace: seconds after which what is not answered is dropped.
+        grace: seconds after which what is not answered is dropped, in all.
         stall: seconds after which a batch that still runs makes /healthz say no.
         limits, models: see there.
+
+    Raises:
+        InputError: a number that makes no sense.
     """
 
     host: str = "127.0.0.1"
@@ -131,6 +159,11 @@ class ServerConfig:
     stall: float = 60.0
     limits: Limits = Limits()
     models: Mapping[str, ModelConfig] = field(default_factory=lambda: {"default": ModelConfig()})
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "port", "pre_stop", "grace")
+        if self.port > 65535:
+            raise InputError(f"port is 0 (any) to 65535, got {self.port}.")
 
 
 def read_config(file: str | os.PathLike[str]) -> ServerConfig:
@@ -214,7 +247,10 @@ def _fill(kind: type[C], table: Any, where: str) -> C:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}; expected {', '.join(known)}.")
         values[key] = _typed(value, types_[key], f"{where}: {key}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _typed(value: Any, wanted: Any, where: str) -> Any:
@@ -226,8 +262,6 @@ def _typed(value: Any, wanted: Any, where: str) -> Any:
         elif option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         elif option in (str, int, float, bool) and type(value) is option:
-            if option in (int, float) and value < 0:
-                raise InputError(f"{where} must not be negative, got {value}.")
             return value
     names = " or ".join(
         "a list of strings" if typing.get_origin(o) is tuple else o.__name__ for o in options if o is not type(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import re
 import time
@@ -33,6 +34,7 @@ _SECURITY = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+_PART = 65_536  # bytes of an answer that are sent at once: what the client does not take is not handed to the connection
 _LINGER = 2.0  # seconds in which a refused client may still send, so that it reads the answer and not a reset
 
 
@@ -59,7 +61,7 @@ class Guard:
     ) -> None:
         self._app, self._limits, self._token = app, limits, token
         self._open, self._metrics = open_paths, metrics
-        self._bodies = 0
+        self._held = 0  # bytes of bodies and answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -67,9 +69,16 @@ class Guard:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send, self._limits.answer_time)
-        held = 0
+
+        def hold(size: int) -> None:
+            self._held += size
+            exchange.held += size
+            if self._held > self._limits.bodies:
+                raise Refusal(503, "bodies", "The server is reading and answering too much at once.", retry_after="1")
+
+        scope["shapleycam.hold"] = hold
         try:
-            body, held = await self._read(exchange, receive)
+            body = await self._read(exchange, receive, hold)
             await self._app(scope, _replay(body, receive), exchange.send)
         except Disconnected:
             exchange.status = exchange.status or 499
@@ -78,13 +87,14 @@ class Guard:
             if told.kind in ("internal", "model"):
                 log("failed", error=error, request_id=exchange.id)
             if not exchange.status:
-                await self._refuse(exchange, told, receive)
+                with contextlib.suppress(Disconnected):
+                    await self._refuse(exchange, told, receive)
         finally:
-            self._bodies -= held
+            self._held -= exchange.held
             self._account(exchange)
 
-    async def _read(self, exchange: _Exchange, receive: Receive) -> tuple[bytes, int]:
-        """The whole body, and how many bytes of the budget it takes."""
+    async def _read(self, exchange: _Exchange, receive: Receive, hold: Callable[[int], None]) -> bytes:
+        """The whole body."""
         limits, headers = self._limits, exchange.headers
         if self._token is not None and not self._open(exchange.path):
             given = headers.get("authorization", "")
@@ -98,7 +108,6 @@ class Guard:
         if told.isdecimal() and int(told) > limits.body:
             raise self._too_large()
         parts: list[bytes] = []
-        size = 0
         try:
             async with asyncio.timeout(limits.body_time):
                 while True:
@@ -106,23 +115,16 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         raise Disconnected("The client went away while it sent.")
                     part = message.get("body", b"")
-                    size += len(part)
-                    self._bodies += len(part)
-                    parts.append(part)
-                    if size > limits.body:
+                    exchange.received += len(part)
+                    if exchange.received > limits.body:
                         raise self._too_large()
-                    if self._bodies > limits.bodies:
-                        raise Refusal(503, "bodies", "The server is reading too much at once.", retry_after="1")
+                    hold(len(part))
+                    parts.append(part)
                     if not message.get("more_body", False):
                         break
         except TimeoutError:
-            self._bodies -= size
             raise Refusal(408, "slow_body", f"The body did not arrive within {limits.body_time:g} s.") from None
-        except BaseException:
-            self._bodies -= size
-            raise
-        exchange.received = size
-        return b"".join(parts), size
+        return b"".join(parts)
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "body", f"The body is larger than the {self._limits.body} bytes that are taken.")
@@ -190,6 +192,7 @@ class _Exchange:
 
     def __init__(self, scope: Scope, send: Send, patience: float) -> None:
         self.scope, self._send, self._patience = scope, send, patience
+        self._until: float | None = None
         self.began = time.perf_counter()
         self.path: str = scope["path"]
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -197,7 +200,7 @@ class _Exchange:
         self.id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
         scope["shapleycam.request_id"] = self.id
         self.status = 0
-        self.received = 0
+        self.received = self.held = 0  # bytes: of the body so far, and of the budget
         self.kind = ""
 
     async def send(self, message: Message) -> None:
@@ -209,11 +212,18 @@ class _Exchange:
                 *message["headers"],
                 *((name.encode(), value.encode()) for name, value in more.items() if name.encode() not in present),
             ]
+        if self._until is None:
+            self._until = asyncio.get_running_loop().time() + self._patience
         try:
-            async with asyncio.timeout(self._patience):
-                await self._send(message)
+            async with asyncio.timeout_at(self._until):
+                body = memoryview(message.get("body", b""))
+                while len(body) > _PART:
+                    await self._send({**message, "body": body[:_PART], "more_body": True})
+                    body = body[_PART:]
+                await self._send({**message, "body": body} if body else message)
         except TimeoutError:
-            raise Disconnected("The client does not take its answer.") from None
+            self.scope.get("shapleycam.abort", lambda: None)()  # or the connection would wait for ever to be rid of the rest
+            raise Disconnected("The client did not take its answer in time.") from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -18,7 +18,8 @@ class Metrics:
         requests: by route, method and status.
         errors: refused or failed requests, by kind.
         seconds: of whole requests, by route.
-        stages: of "read", "decode", "queue", "model" and "draw", by model; "model" is per batch.
+        stages: by model; "parse" (a JSON request) and "draw" (an answer) per request, "decode" and "queue" (from decoded to its
+            batch) per image, "model" per batch. The waiting for a thread is in none of them but "queue".
         batch: images per batch, by model.
         events: of the batchers, by model and event.
         images: explained, by model.
@@ -76,10 +77,14 @@ class CountingWatch(Watch):
     """A batcher's watch that counts."""
 
     def __init__(self, metrics: Metrics, model: str, log: Callable[..., None]) -> None:
-        self._queue = metrics.stages.labels(model, "queue")
+        self._decode, self._queue = (metrics.stages.labels(model, stage) for stage in ("decode", "queue"))
         self._model = metrics.stages.labels(model, "model")
         self._batch, self._images = metrics.batch.labels(model), metrics.images.labels(model)
         self._events, self._name, self._log = metrics.events, model, log
+
+    def prepared(self, seconds: float) -> None:
+        """See :class:`Watch`."""
+        self._decode.observe(seconds)
 
     def waited(self, seconds: float) -> None:
         """See :class:`Watch`."""

@@ -90,6 +90,8 @@ class OnnxRuntime:
     def explain(self, images: Tensor, question: Question, targets: Tensor | None) -> Maps:
         """See :class:`shapleycam.serve.Runtime`. Several classes of an image are as many rows of the batch.
 
+        A file that takes so many rows only is given its last one again to fill them.
+
         Raises:
             InputError: the completeness gap, or classes of a program for the predicted one.
         """
@@ -127,15 +129,15 @@ class OnnxRuntime:
 
     def _run(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         found: list[list[Any]] = []
-        start = 0
-        for part in [images] if self._fixed is None else images.split(self._fixed):
-            feed: dict[str, Any] = {"image": part.contiguous().numpy()}
+        size = self._fixed or len(images)
+        for start in range(0, len(images), size):
+            rows = torch.arange(start, start + size).clamp(max=len(images) - 1)
+            feed: dict[str, Any] = {"image": images[rows].numpy()}
             if self._targets:
-                here = targets[start : start + len(part)]
-                feed["target"] = (here if self._targets == 1 else here[:, None]).contiguous().numpy()
-            start += len(part)
+                feed["target"] = (targets[rows] if self._targets == 1 else targets[rows, None]).numpy()
             found.append(self._session.run(self._names, feed))
-        return {name: torch.cat([torch.from_numpy(one[n]) for one in found]) for n, name in enumerate(self._names)}
+        whole = (torch.cat([torch.from_numpy(one[n]) for one in found]) for n in range(len(self._names)))
+        return {name: rows[: len(images)] for name, rows in zip(self._names, whole, strict=True)}
 
 
 def _metadata(told: Mapping[str, str], file: str) -> Mapping[str, Any]:

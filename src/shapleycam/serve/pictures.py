@@ -1,19 +1,19 @@
 """From the bytes that a client sent to a picture, and back; nothing here opens a path or an address.
 
 What a file claims is checked before its pixels are decoded: the format by its first bytes, against a list, and the size in its
-header, against a limit.
+header and a JPEG's scans, against limits.
 """
 
 from __future__ import annotations
 
 import io
-import warnings
+import re
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..data.images import read_image, to_picture
+from ..data.images import TooManyPixels, read_image, to_picture
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 #: The formats a server may take, and how their files begin.
 FORMATS = ("PNG", "JPEG", "WEBP")
+#: Of a JPEG. Encoders write up to about 20; each may take some bytes of the file, and as long as the whole picture.
+MOST_SCANS = 50
 
 
 class BadImage(InputError):
     """What was sent is no picture that the server takes.
 
     Attributes:
-        reason: "empty", "format", "too_large" or "damaged".
+        reason: "empty", "format", "too_large", "scans" or "damaged".
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -55,28 +57,45 @@ def decode(data: bytes, *, pixels: int, formats: tuple[str, ...] = FORMATS) -> I
         formats: which of :data:`FORMATS` are taken.
 
     Raises:
-        BadImage: no bytes, another format, too many pixels, or damaged; nothing was decoded but in the last case.
+        BadImage: no bytes, another format, too many pixels or scans, or damaged; nothing was decoded but in the last case.
     """
-    from PIL import Image
-
     if not data:
         raise BadImage("empty", "The image is empty: 0 bytes arrived.")
     form = format_of(data)
     if form is None or form not in formats:
         raise BadImage("format", f"The image is no {' or '.join(formats)} file, by its first bytes.")
+    if form == "JPEG" and (found := scans(data)) > MOST_SCANS:
+        raise BadImage("scans", f"The JPEG has {found} scans; at most {MOST_SCANS} are taken: save it again.")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=[form]) as header:
-            width, height = header.size
-    except Image.DecompressionBombError as error:
-        raise BadImage("too_large", f"The image has more than the {pixels} pixels that are taken.") from error
-    except Exception as error:  # whatever damage provokes in Pillow
-        raise BadImage("damaged", f"The image is damaged: {type(error).__name__} in its header.") from error
-    if width * height > pixels:
-        raise BadImage("too_large", f"The image has {width} × {height} pixels; at most {pixels} are taken.")
-    try:
-        return read_image(io.BytesIO(data), "The image")
+        return read_image(io.BytesIO(data), "The image", max_pixels=pixels, formats=(form,))
+    except TooManyPixels as error:
+        raise BadImage("too_large", str(error)) from error
     except InputError as error:
         raise BadImage("damaged", str(error)) from error
+
+
+def scans(data: bytes) -> int:
+    """How often a JPEG's decoder goes over the whole picture, by the markers in it; damage is left to the decoder.
+
+    Read as libjpeg reads it: to the next marker, wherever that is, and over the lengths that follow it.
+    """
+    found, at = 0, 2
+    for _ in range(_MOST_SEGMENTS):
+        marker = _MARKER.search(data, at)
+        if marker is None:
+            return found
+        kind, at = marker[1][0], marker.end()
+        if kind in (0xD8, 0xD9):  # the end, or a second beginning, at which the decoder gives up
+            return found
+        if found and kind < 0xC0:  # libjpeg may look for a marker within what this one is long
+            raise BadImage("damaged", f"The JPEG has the marker {kind:02x} between its scans.")
+        found += kind == 0xDA
+        at += max(2, int.from_bytes(data[at : at + 2], "big"))
+    raise BadImage("damaged", f"The JPEG has more than {_MOST_SEGMENTS} segments.")
+
+
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # but those that stand alone
+_MOST_SEGMENTS = 2000  # to go over each of millions takes Pillow, which does it in Python, many seconds
 
 
 def png(pixels: Tensor) -> bytes:

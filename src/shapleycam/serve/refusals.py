@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from ..errors import InputError, ShapleyCamError
+from ..errors import DerivativeError, ShapleyCamError
 from .batching import DeadlinePassed, OutOfMemory, Overloaded, Stopped
 from .pictures import BadImage
 
@@ -24,6 +24,16 @@ class Refusal(ShapleyCamError):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+def check_instances(count: int, most: int) -> None:
+    """Refuse a request of more images than are taken, before anything is made of them.
+
+    Raises:
+        Refusal: 413.
+    """
+    if count > most:
+        raise Refusal(413, "instances", f"At most {most} images are taken in one request, got {count}.")
+
+
 class Disconnected(ShapleyCamError):
     """The client went away; nobody reads an answer."""
 
@@ -38,7 +48,13 @@ class Verdict:
     headers: dict[str, str]
 
 
-_IMAGES = {"empty": (400, "empty_image"), "format": (415, "format"), "too_large": (413, "pixels"), "damaged": (422, "damaged")}
+_IMAGES = {
+    "empty": (400, "empty_image"),
+    "format": (415, "format"),
+    "too_large": (413, "pixels"),
+    "scans": (413, "scans"),
+    "damaged": (422, "damaged"),
+}
 
 
 def verdict(error: BaseException) -> Verdict:
@@ -56,7 +72,8 @@ def verdict(error: BaseException) -> Verdict:
         return Verdict(504, "deadline", message, {})
     if isinstance(error, OutOfMemory):
         return Verdict(503, "out_of_memory", "One image alone does not fit the device's memory.", {})
-    if isinstance(error, InputError) or (isinstance(error, ShapleyCamError) and isinstance(error, ValueError)):
+    # The server's own question was answered when it started: for derivatives that a model lacks, the client has asked.
+    if isinstance(error, ShapleyCamError) and isinstance(error, (ValueError, DerivativeError)):
         return Verdict(422, "invalid", message, {})
     if isinstance(error, ShapleyCamError):
         return Verdict(500, "model", message, {})

@@ -1,4 +1,4 @@
-"""The process: uvicorn with a time limit on headers, an orderly end, and an exit when a model has died."""
+"""The process: uvicorn with limits on connections and headers, an orderly end, and an exit when a model has died."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ..errors import InputError, ShapleyCamError
 from ..model.zoo import DEFAULT_MODEL, load_classifier, pick_device
 from .app import create_app
-from .config import ModelConfig, ServerConfig
+from .config import Limits, ModelConfig, ServerConfig
 from .logs import log
 from .onnx_runtime import OnnxRuntime
 from .program_runtime import WAYS, ProgramRuntime
@@ -24,7 +24,8 @@ from .server import Server
 
 #: Exit statuses of the command besides 0.
 UNFINISHED, DIED = 1, 70  # sysexits.h: EX_SOFTWARE
-_MOST_HEADERS = 65_536  # bytes
+_MOST_HEADERS = 65_536  # bytes, and what one read from the connection has beyond
+_PIPELINED = 8  # requests behind one that is not answered yet
 
 
 def load_runtime(told: ModelConfig) -> Runtime:
@@ -62,6 +63,8 @@ def load_runtime(told: ModelConfig) -> Runtime:
         if told.file is None:
             raise InputError(f"runtime {told.runtime!r} needs file: the program that shapleycam's exporter wrote.")
         how: dict[str, Any] = {"engine": "openvino" if told.runtime == "openvino" else "onnxruntime"}
+        if told.check is not None:
+            raise InputError("check is not for files: it compares the operators of the explainer.")
         how["providers"] = ["CPUExecutionProvider"] if device.type == "cpu" else None
         if told.model is None:
             return OnnxRuntime(told.file, **how)
@@ -105,13 +108,12 @@ def settings(app: Any, config: ServerConfig) -> uvicorn.Config:
         app,
         host=config.host,
         port=config.port,
-        http=type("Protocol", (TimedProtocol,), {"header_time": config.limits.header_time}),
+        http=type("Protocol", (BoundedProtocol,), {"limits": config.limits}),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=config.limits.connections,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(config.grace)),
         backlog=1024,
@@ -178,17 +180,29 @@ class _Uvicorn(uvicorn.Server):
                 log("listening", host=host, port=port)
 
 
-class TimedProtocol(HttpToolsProtocol):
-    """HTTP/1.1 whose headers must arrive within ``header_time`` seconds, and within 64 KiB; uvicorn itself waits for ever."""
+class BoundedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 of which a client cannot have more than its share.
 
-    header_time = 10.0
-    _late: asyncio.TimerHandle | None = None
-    _early = 0
+    A request's headers, also of one that follows another before its answer, arrive within ``header_time`` seconds and 64 KiB;
+    uvicorn itself waits for ever. Of more connections than allowed the one that waits longest for its client is closed, where
+    uvicorn's own limit would refuse requests, those of the probes too.
+    """
+
+    limits = Limits()
+    _late: asyncio.TimerHandle | None = None  # runs while headers are expected
+    _early = 0  # bytes that came meanwhile
+    _since = 0.0  # when the connection was last of use; not by uvloop's clock, which stands still within a turn
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See :class:`asyncio.Protocol`."""
         super().connection_made(transport)
+        self._since = time.monotonic()
         self._expect()
+        most = self.limits.connections
+        if len(self.connections) > most:
+            waiting = [one for one in self.connections if isinstance(one, BoundedProtocol) and one._waits()]
+            for one in sorted(waiting, key=lambda one: one._since)[: len(self.connections) - most]:
+                one._drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See :class:`asyncio.Protocol`."""
@@ -197,23 +211,43 @@ class TimedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See :class:`asyncio.Protocol`."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle:
-            self._early += len(data)
-            if self._late is None:  # uvicorn's own timer between two requests ends with the first byte
-                self._expect()
+        if self._late is None and self._idle():  # uvicorn's own timer between two requests ends with the first byte
+            self._expect()
+        self._early += len(data)
         super().data_received(data)
         if self._late is not None and self._early > _MOST_HEADERS:
             self._drop()
 
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        super().on_message_begin()
+        if self._late is None:
+            self._expect()
+
     def on_headers_complete(self) -> None:
         """See httptools."""
         self._arrived()
-        super().on_headers_complete()
+        self.scope["shapleycam.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        if len(self.pipeline) >= _PIPELINED:
+            self._drop()
+        if not self.transport.is_closing():
+            super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn."""
+        self._since = time.monotonic()
+        super().on_response_complete()
+
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _waits(self) -> bool:
+        """For its client: nothing of it is being answered."""
+        return self._idle() or self.cycle.more_body
 
     def _expect(self) -> None:
         self._early = 0
-        self._late = self.loop.call_later(self.header_time, self._drop)
+        self._late = self.loop.call_later(self.limits.header_time, self._drop)
 
     def _arrived(self) -> None:
         if self._late is not None:
@@ -222,5 +256,4 @@ class TimedProtocol(HttpToolsProtocol):
 
     def _drop(self) -> None:
         self._arrived()
-        if not self.transport.is_closing():
-            self.transport.close()
+        self.transport.abort()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -43,7 +42,7 @@ class Server:
         self.config, self.metrics = config, Metrics()
         self.draining = False
         self.services = {name: self._service(name, runtime, on_death) for name, runtime in runtimes.items()}
-        self._drawers = ThreadPoolExecutor(2, thread_name_prefix="shapleycam-draw")
+        self._aside = ThreadPoolExecutor(2, thread_name_prefix="shapleycam-aside")
         self.metrics.follow(
             self.ready,
             lambda: [
@@ -80,7 +79,7 @@ class Server:
         self.draining = True
         until = time.monotonic() + timeout
         finished = [one.stop(max(until - time.monotonic(), 0.0)) for one in self.services.values()]
-        self._drawers.shutdown(wait=all(finished), cancel_futures=True)
+        self._aside.shutdown(wait=False, cancel_futures=True)
         return all(finished)
 
     def ready(self) -> bool:
@@ -123,8 +122,6 @@ class Server:
             Refusal, ShapleyCamError: see :func:`shapleycam.serve.refusals.verdict`.
             Disconnected: nobody waits any more.
         """
-        if len(images) > self.config.limits.instances:
-            raise Refusal(413, "instances", f"At most {self.config.limits.instances} images are taken in one request.")
         allowed = self.config.limits.request_time
         allowed = allowed if timeout is None else min(timeout, allowed)
         futures = service.submit(images, questions, allowed)
@@ -135,10 +132,7 @@ class Server:
             done, _ = await asyncio.wait(both, timeout=allowed, return_when=asyncio.FIRST_COMPLETED)
             if answers in done:
                 for n, answer in enumerate(answers.result()):
-                    if answer.explanation is not None and not math.isfinite(float(answer.raw.sum())):
-                        raise Refusal(
-                            422, "not_finite", f"The map of image {n} is not finite: its pixels or activations are not."
-                        )
+                    _check_finite(n, answer)
                 return answers.result()
             if gone in done:
                 raise Disconnected("The client went away.")
@@ -150,13 +144,52 @@ class Server:
             answers.cancel()
             answers.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio complains
 
-    async def draw(self, service: Service, work: Callable[[], A]) -> A:
-        """Do the work that follows an answer (resize, colours, PNG) on a thread of its own."""
-        began = time.perf_counter()
-        done: Future[A] = self._drawers.submit(work)
-        found = await asyncio.wrap_future(done)
-        self.metrics.stages.labels(service.name, "draw").observe(time.perf_counter() - began)
-        return found
+    def hold(self, request: Request, size: int) -> None:
+        """Keep room for an answer of about ``size`` bytes until it is sent; before it is computed.
+
+        Raises:
+            Refusal: 413, it is larger than an answer may be; 503, there is no room now.
+        """
+        most = self.config.limits.answer
+        if size > most:
+            raise Refusal(
+                413,
+                "answer",
+                f"The answer would have some {size} bytes; at most {most} are given: ask for fewer or smaller maps.",
+            )
+        request.scope["shapleycam.hold"](size)
+
+    async def parse(self, service: Service, work: Callable[[], A]) -> A:
+        """Read a JSON request: :meth:`aside`.
+
+        Raises:
+            Refusal: 400, it is nested too deeply to be read, or told of.
+        """
+        try:
+            return await self.aside(service, "parse", work)
+        except RecursionError:
+            raise Refusal(400, "json", "The request is nested too deeply.") from None
+
+    async def aside(self, service: Service, stage: str, work: Callable[[], A]) -> A:
+        """Do the work before ("parse") or after ("draw": resize, colours, PNG) the model's, on one of two threads."""
+        seconds = self.metrics.stages.labels(service.name, stage)
+
+        def timed() -> A:
+            with seconds.time():
+                return work()
+
+        return await asyncio.wrap_future(self._aside.submit(timed))
+
+
+def _check_finite(n: int, answer: Answer) -> None:
+    found = {"prediction": answer.logits}
+    if answer.explanation is not None:
+        found["map"] = answer.raw
+        if answer.explanation.gap is not None:
+            found["completeness gap"] = answer.explanation.gap
+    for name, tensor in found.items():
+        if not bool(tensor.isfinite().all()):
+            raise Refusal(422, "not_finite", f"The {name} of image {n} is not finite: its pixels or activations are not.")
 
 
 async def _gone(request: Request) -> None:

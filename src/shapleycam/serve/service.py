@@ -7,6 +7,7 @@ with Service(ExplainerRuntime(load_classifier())) as service:
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -107,7 +108,7 @@ class Service:
         pixels: most pixels of a picture, which is refused by its header.
         formats: which picture formats are taken.
         most_classes: most classes of one request.
-        decoders: threads that decode pictures, and draw the answers.
+        decoders: threads that decode pictures.
         watch: is told what happens in the queue.
         on_death: see :class:`shapleycam.serve.batching.Batcher`.
         name: of the model, for threads and messages.
@@ -138,14 +139,16 @@ class Service:
         self.timeout, self.pixels, self.formats, self.most_classes = timeout, pixels, tuple(formats), most_classes
         self.tuning: dict[int, float] = {}  # seconds per image by batch size, where it was measured
         self.count = runtime.count
-        self._fixed_batch = max_batch
+        self.grid: tuple[int, int] = runtime.preprocess.crop  # (height, width) of its maps, known once it is warm
+        self._decoding: dict[int, float] = {}  # since when, by thread
+        self._fixed_batch, self._watch = max_batch, watch or Watch()
         self._batcher: Batcher[_Item, Answer] = Batcher(
             self._run,
             max_batch=max_batch or 1,
             capacity=capacity,
             wait=wait,
             prepare=self._prepare,
-            watch=watch,
+            watch=self._watch,
             on_death=on_death,
             name=f"shapleycam-{name}",
         )
@@ -176,8 +179,15 @@ class Service:
     max_batch = property(lambda self: self._batcher.max_batch, doc="The most images of a batch, as it is now.")
 
     def busy_for(self) -> float:
-        """Seconds that the running batch has taken so far."""
-        return self._batcher.busy_for()
+        """Seconds that the running batch, or the longest of the running decoders, has taken so far."""
+        now = time.monotonic()
+        return max([self._batcher.busy_for(), *(now - since for since in list(self._decoding.values()))])
+
+    def area(self, size: str | Sequence[int]) -> int:
+        """Pixels of one map at a size as for :meth:`Answer.heatmaps`."""
+        if isinstance(size, str):
+            size = self.runtime.preprocess.crop if size == "image" else self.grid
+        return size[0] * size[1]
 
     def _prepare(self) -> int | None:
         height, width = self.runtime.preprocess.crop
@@ -188,7 +198,10 @@ class Service:
             # Noise, as an explainer studies its model on the first images that it sees: on black ones all may be alike.
             return self.runtime.explain(torch.randn(size, 3, height, width, generator=dice), question, None)
 
-        self.count = run(1).logits.shape[1]
+        first = run(1)
+        maps = first.raw if first.raw is not None else first.shown
+        assert maps is not None
+        self.count, self.grid = first.logits.shape[1], (maps.shape[-2], maps.shape[-1])
         run(1)
         if self._fixed_batch is not None:
             run(self._fixed_batch)
@@ -288,13 +301,16 @@ class Service:
             if time.monotonic() > deadline:  # the queue says so, and counts it
                 item = _Item(torch.empty(0), (), question, None, None)
             else:
+                began = self._decoding[threading.get_ident()] = time.monotonic()
                 item = self._item(image, question)
+                self._watch.prepared(time.monotonic() - began)
             inner = slot.submit(item, question.key, deadline)
         except BaseException as error:
             if outer.set_running_or_notify_cancel():
                 outer.set_exception(error)
             return
         finally:
+            self._decoding.pop(threading.get_ident(), None)
             slot.release()
 
         def cancel(_: Future[Answer]) -> None:

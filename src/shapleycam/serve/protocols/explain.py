@@ -101,6 +101,7 @@ def add(app: FastAPI, server: Server) -> None:
             raise InputError(f"return={returned.value} is one picture: ask for one class, or for json, npy or raw.")
         question = Question(method or "", utility or "", engine or "", tuple(target or ()), topk, gap)
         question = service.check(question)  # before the body is looked at
+        server.hold(request, answer_size(service, returned, len(target or ()) or topk, shape, embed or ()))
         image = await one_image(request)
         [answer] = await server.ask(request, service, [image], question, timeout)
         if returned is Returned.RAW and not answer.signed:
@@ -118,7 +119,7 @@ def add(app: FastAPI, server: Server) -> None:
             content = as_json(service, answer, embed or (), shape, colormap.value, alpha)
             return json.dumps(content, allow_nan=False).encode(), "application/json"
 
-        content, kind = await server.draw(service, work)
+        content, kind = await server.aside(service, "draw", work)
         headers = {
             "x-shapleycam-model": service.name,
             "x-shapleycam-classes": ",".join(map(str, answer.targets)),
@@ -201,6 +202,23 @@ async def one_image(request: Request) -> bytes:
         await form.close()
 
 
+#: Bytes of a number in a JSON answer, at most.
+DIGITS = 25
+
+
+def answer_size(service: Service, returned: Returned, classes: int, shape: str | tuple[int, int], embed: Any) -> int:
+    """About how many bytes the answer will have; a picture as many as it would have without compression."""
+    if returned is not Returned.JSON:
+        drawn = {Returned.OVERLAY: "image", Returned.RAW: "layer"}
+        return 4 * classes * service.area(drawn.get(returned, shape))
+    pictures = {
+        Embedded.VIEW: service.area("image"),
+        Embedded.HEATMAP: classes * service.area(shape),
+        Embedded.OVERLAY: classes * service.area("image"),
+    }
+    return DIGITS * classes * service.area("layer") + 4 * sum(pictures[one] for one in set(embed))
+
+
 def label(service: Service, index: int) -> str:
     """The name of a class, "class 7" where names are unknown."""
     names = service.runtime.classes
@@ -269,7 +287,7 @@ def _gain(answer: Answer, m: int) -> float | None:
     summed = ("shapleycam-h", "hirescam") + (("shapleycam", "gradcam") if answer.made["engine"] == "closed_form" else ())
     if answer.made["method"] not in summed or not answer.signed:
         return None
-    return float(answer.explanation.gap[0, m] + answer.raw[m].sum())
+    return float(answer.explanation.gap[0, m].double() + answer.raw[m].double().sum())
 
 
 def _base64(data: bytes) -> str:

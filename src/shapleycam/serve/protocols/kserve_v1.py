@@ -16,11 +16,11 @@ from fastapi import FastAPI, Request, Response
 from torch import Tensor
 
 from ...errors import InputError
-from ..refusals import Refusal
+from ..refusals import Refusal, check_instances
 from ..runtime import Question
 from ..server import Server
 from ..service import Answer, Service
-from .explain import EXAMPLE, label, responses, top
+from .explain import DIGITS, EXAMPLE, label, responses, top
 
 _ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 
@@ -53,9 +53,7 @@ def add(app: FastAPI, server: Server) -> None:
     )
     async def predict(request: Request, model: str) -> Response:
         service = server.service(model)
-        instances, _ = await read(request)
-        images = [image_of(one, n, service) for n, one in enumerate(instances)]
-        answers = await server.ask(request, service, images, Question(explain=False))
+        answers = await server.ask(request, service, *await parsed(request, service, explain=False))
         return _json({"predictions": [prediction(service, one) for one in answers]})
 
     @app.post(
@@ -67,9 +65,9 @@ def add(app: FastAPI, server: Server) -> None:
     )
     async def explain(request: Request, model: str) -> Response:
         service = server.service(model)
-        instances, parameters = await read(request)
-        images = [image_of(one, n, service) for n, one in enumerate(instances)]
-        questions = [question(one, parameters) for one in instances]
+        images, questions = await parsed(request, service, explain=True)
+        classes = sum(len(one.targets) or one.topk for one in questions) + len(questions)  # the first of each comes twice
+        server.hold(request, DIGITS * classes * service.area("layer"))
         answers = await server.ask(request, service, images, questions)
 
         def work() -> Response:
@@ -80,25 +78,38 @@ def add(app: FastAPI, server: Server) -> None:
                 }
             )
 
-        return await server.draw(service, work)
+        return await server.aside(service, "draw", work)
+
+    async def parsed(request: Request, service: Service, explain: bool) -> tuple[list[bytes | Tensor], list[Question]]:
+        """What is asked; the JSON, which takes many times the memory of its bytes, is not kept."""
+        body = await request.body()
+
+        def work() -> tuple[list[bytes | Tensor], list[Question]]:
+            instances, parameters = read(body, limits.instances)
+            told = [question(one, parameters) if explain else Question(explain=False) for one in instances]
+            questions = [service.check(one) for one in told]
+            return [image_of(one, n, service) for n, one in enumerate(instances)], questions
+
+        return await server.parse(service, work)
 
 
 def _json(content: Any) -> Response:
     return Response(json.dumps(content, allow_nan=False), media_type="application/json")
 
 
-async def read(request: Request) -> tuple[list[Any], dict[str, Any]]:
-    """The instances and the parameters of a request.
+def read(body: bytes, most: int) -> tuple[list[Any], dict[str, Any]]:
+    """The instances, at most so many, and the parameters of a request.
 
     Raises:
-        Refusal: 400, the body is no such thing.
+        Refusal: 400, the body is no such thing; 413, too many.
     """
     try:
-        content = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
+        content = json.loads(body)
+    except ValueError as error:
         raise Refusal(400, "json", "The body is no JSON.") from error
     if not isinstance(content, dict) or not isinstance(content.get("instances"), list) or not content["instances"]:
         raise Refusal(400, "json", 'The body must be {"instances": [...]} with at least one instance.')
+    check_instances(len(content["instances"]), most)
     parameters = content.get("parameters", {})
     if not isinstance(parameters, dict):
         raise Refusal(400, "json", '"parameters" must be an object.')

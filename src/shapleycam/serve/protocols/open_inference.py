@@ -12,7 +12,7 @@ protocol speaks HTTP too.
 # No "from __future__ import annotations": FastAPI reads those of the routes, which are defined in a function.
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastapi import FastAPI, Request, Response
@@ -24,7 +24,7 @@ from ..runtime import Question
 from ..server import Server
 from ..service import Answer, Service
 from . import tensors
-from .explain import EXAMPLE, responses
+from .explain import DIGITS, EXAMPLE, responses
 from .kserve_v1 import question
 
 OUTPUTS = ("prediction", "target_class", "raw", "saliency_map")
@@ -81,24 +81,19 @@ def add(app: FastAPI, server: Server) -> None:
     )
     async def infer(request: Request, model: str) -> Response:
         service = server.service(model)
-        head, given = tensors.read(await request.body(), request.headers.get("inference-header-content-length"))
-        images = _images(given, service)
-        wanted = _wanted(head)
-        narrow = _narrow(head)
-        parameters = head.get("parameters", {})
-        if wanted.keys() <= {"prediction"}:
-            questions: list[Question] = [Question(explain=False)] * len(images)
-        else:
-            asked = question(None, {k: v for k, v in parameters.items() if k in ("method", "utility", "engine", "topk")})
-            targets = _targets(given, len(images))
-            questions = [Question(asked.method, asked.utility, asked.engine, one, 1 if one else asked.topk) for one in targets]
-        answers = await server.ask(request, service, images, questions)
+        body, size = await request.body(), request.headers.get("inference-header-content-length")
+
+        def parsed() -> Asked:  # the JSON, which takes many times the memory of its bytes, is not kept
+            return _asked(*tensors.read(body, size, limits.instances), service)
+
+        asked = await server.parse(service, parsed)
+        server.hold(request, _size(asked, service))
+        answers = await server.ask(request, service, asked.images, asked.questions)
 
         def work() -> Response:
-            found = _outputs(answers, wanted, narrow)
-            return tensors.write(service.name, str(head.get("id", "")), found, wanted)
+            return tensors.write(service.name, asked.id, _outputs(answers, asked.wanted, asked.narrow), asked.wanted)
 
-        return await server.draw(service, work)
+        return await server.aside(service, "draw", work)
 
 
 def metadata(service: Service) -> dict[str, Any]:
@@ -119,6 +114,44 @@ def metadata(service: Service) -> dict[str, Any]:
             {"name": "saliency_map", "datatype": "FP32", "shape": [-1, -1, height, width]},
         ],
     }
+
+
+class Asked(NamedTuple):
+    """A request: what to explain, and which outputs are wanted, as binary or not, and in FP16 or not."""
+
+    id: str
+    images: list[bytes | Tensor]
+    questions: list[Question]
+    wanted: dict[str, bool]
+    narrow: bool
+
+
+def _asked(head: dict[str, Any], given: dict[str, list[bytes] | Tensor], service: Service) -> Asked:
+    images, wanted, parameters = _images(given, service), _wanted(head), head.get("parameters", {})
+    told = head.get("id", "")
+    if not isinstance(told, str) or len(told) > 256:
+        raise Refusal(400, "inputs", '"id" is a string of at most 256 characters.')
+    if wanted.keys() <= {"prediction"}:
+        questions = [Question(explain=False)] * len(images)
+    else:
+        one = question(None, {k: v for k, v in parameters.items() if k in ("method", "utility", "engine", "topk")})
+        questions = [
+            service.check(Question(one.method, one.utility, one.engine, targets, 1 if targets else one.topk))
+            for targets in _targets(given, len(images))
+        ]
+    return Asked(told, images, questions, wanted, _narrow(head))
+
+
+def _size(asked: Asked, service: Service) -> int:
+    """About how many bytes the answer will have."""
+    classes = sum(len(one.targets) or one.topk for one in asked.questions)
+    numbers = {
+        "prediction": len(asked.images) * (service.count or 0),
+        "target_class": classes,
+        "raw": classes * service.area("layer"),
+        "saliency_map": classes * service.area("image"),
+    }
+    return sum(numbers[name] * (4 if binary else DIGITS) for name, binary in asked.wanted.items())
 
 
 def _images(given: dict[str, list[bytes] | Tensor], service: Service) -> list[bytes | Tensor]:
@@ -185,6 +218,8 @@ def _outputs(answers: list[Answer], wanted: dict[str, bool], narrow: bool) -> di
             if name == "raw" and not answers[0].signed:
                 raise Refusal(400, "outputs", "This model runs a program without signed maps: ask for saliency_map.")
             maps = torch.stack([one.raw if name == "raw" else one.heatmaps() for one in answers])
+            if narrow and float(maps.abs().max()) > torch.finfo(torch.float16).max:
+                raise Refusal(422, "outputs", f"{name!r} has values above 65504, which FP16 has not: ask for it in FP32.")
             found[name] = maps.half() if narrow else maps
     return found
 
@@ -207,7 +242,11 @@ _BODY = {
                             "required": ["name", "shape", "datatype"],
                             "properties": {
                                 "name": {"type": "string"},
-                                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                                "shape": {
+                                    "type": "array",
+                                    "maxItems": 8,
+                                    "items": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+                                },
                                 "datatype": {"type": "string", "enum": ["BYTES", "UINT8", "FP16", "FP32", "INT32", "INT64"]},
                                 "parameters": {"type": "object"},
                                 "data": {"type": "array"},

@@ -12,7 +12,7 @@ import torch
 from fastapi import Response
 from torch import Tensor
 
-from ..refusals import Refusal
+from ..refusals import Refusal, check_instances
 
 _TYPES = {
     "UINT8": torch.uint8,
@@ -24,26 +24,27 @@ _TYPES = {
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
-def read(body: bytes, json_size: str | None) -> tuple[dict[str, Any], dict[str, list[bytes] | Tensor]]:
+def read(body: bytes, json_size: str | None, most: int) -> tuple[dict[str, Any], dict[str, list[bytes] | Tensor]]:
     """The JSON of a request, and its inputs by name: tensors, or the elements of one of BYTES.
 
     Args:
         body: all of it.
         json_size: the header ``Inference-Header-Content-Length``; None where there is nothing but JSON.
+        most: images of one request, the first dimension of every input.
 
     Raises:
-        Refusal: 400, the body is not what it says.
+        Refusal: 400, the body is not what it says; 413, too many images.
     """
     size = len(body)
     if json_size is not None:
-        if not json_size.isdecimal() or not 0 < int(json_size) <= len(body):
+        if not json_size.isdecimal() or len(json_size) > 18 or not 0 < int(json_size) <= len(body):
             raise Refusal(
-                400, "inputs", f"Inference-Header-Content-Length is {json_size!r}, and the body has {len(body)} bytes."
+                400, "inputs", f"Inference-Header-Content-Length is {json_size[:20]!r}, and the body has {len(body)} bytes."
             )
         size = int(json_size)
     try:
         head = json.loads(body[:size])
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise Refusal(400, "json", "The body does not begin with JSON.") from error
     inputs = head.get("inputs") if isinstance(head, dict) else None
     if not isinstance(inputs, list) or not inputs or not all(isinstance(one, dict) for one in inputs):
@@ -54,8 +55,9 @@ def read(body: bytes, json_size: str | None) -> tuple[dict[str, Any], dict[str, 
     rest, at, found = memoryview(body)[size:], 0, {}
     for one in inputs:
         name, kind, shape = one.get("name"), one.get("datatype"), one.get("shape")
-        if not isinstance(name, str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise Refusal(400, "inputs", "An input needs a name, and a shape of whole numbers.")
+        if not isinstance(name, str) or not isinstance(kind, str) or not _is_shape(shape):
+            raise Refusal(400, "inputs", "An input needs a name, a datatype, and a shape of 1 to 8 positive whole numbers.")
+        check_instances(prod(shape) if kind == "BYTES" else shape[0], most)
         told = one.get("parameters") or {}
         count = told.get("binary_data_size") if isinstance(told, dict) else None
         if count is not None:
@@ -71,21 +73,25 @@ def read(body: bytes, json_size: str | None) -> tuple[dict[str, Any], dict[str, 
     return head, found
 
 
-def _tensor(name: str, kind: Any, shape: list[int], data: Any) -> list[bytes] | Tensor:
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and 1 <= len(shape) <= 8 and all(type(n) is int and 0 < n < 2**31 for n in shape)
+
+
+def _tensor(name: str, kind: str, shape: list[int], data: Any) -> list[bytes] | Tensor:
     count = prod(shape)
     wrong = Refusal(400, "inputs", f"Input {name!r} does not hold {kind} {shape}.")
     if kind == "BYTES":
-        elements = _elements(name, data) if isinstance(data, memoryview) else [_element(name, one) for one in _flat(data)]
+        elements = _elements(name, data, count) if isinstance(data, memoryview) else _flat(data)
         if len(elements) != count:
             raise wrong
-        return elements
-    if not isinstance(kind, str) or kind not in _TYPES:
+        return [one if isinstance(one, bytes) else _element(name, one) for one in elements]
+    if kind not in _TYPES:
         raise Refusal(400, "inputs", f"Input {name!r} has the datatype {kind!r}: expected BYTES, {', '.join(_TYPES)}.")
     dtype = _TYPES[kind]
     if isinstance(data, memoryview):
         if len(data) != count * dtype.itemsize:
             raise wrong
-        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
     values = _flat(data)
     if len(values) != count or any(
         type(v) is not int and (type(v) is not float or not dtype.is_floating_point) for v in values
@@ -114,10 +120,11 @@ def _flat(data: Any) -> list[Any]:
     return found
 
 
-def _elements(name: str, data: memoryview) -> list[bytes]:
-    """Rows of four bytes, the length, and so many."""
-    found, at = [], 0
-    while at < len(data):
+def _elements(name: str, data: memoryview, most: int) -> list[bytes]:
+    """Rows of four bytes, the length, and so many; of more than ``most`` the first ones, and one."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(data) and len(found) <= most:
         if at + 4 > len(data):
             raise Refusal(400, "inputs", f"Input {name!r} ends within the length of an element.")
         (size,) = struct.unpack_from("<I", data, at)

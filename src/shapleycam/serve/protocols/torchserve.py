@@ -9,7 +9,7 @@ from fastapi import FastAPI, Path, Request, Response
 
 from ..runtime import Question
 from ..server import Server
-from .explain import label, one_image, responses
+from .explain import DIGITS, label, one_image, responses
 
 _ERROR = {
     "type": "object",
@@ -71,10 +71,11 @@ def add(app: FastAPI, server: Server) -> None:
     )
     async def explanations(request: Request, model: Model) -> Response:
         service = server.service(model)
+        server.hold(request, DIGITS * service.area("image"))
         [answer] = await server.ask(request, service, [await one_image(request)], Question())
 
         def work() -> Response:
             rows = [[round(value, 4) for value in row] for row in answer.heatmaps()[0].tolist()]
             return Response(json.dumps(rows, allow_nan=False), media_type="application/json")
 
-        return await server.draw(service, work)
+        return await server.aside(service, "draw", work)
