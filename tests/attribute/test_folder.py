@@ -85,7 +85,6 @@ def test_the_result_is_not_put_where_it_would_be_listed(classifier, folder, tmp_
     before = (tables / "part-000000.parquet").read_bytes()
     for source, out in (
         (tables, tables),
-        (tables / "part-000000.parquet", tables),
         (f"{tables}/*.parquet", tables),
         (f"{tmp_path}/**/*.parquet", tables / "maps"),
         (folder, folder),
@@ -98,10 +97,15 @@ def test_the_result_is_not_put_where_it_would_be_listed(classifier, folder, tmp_
                 attribute(classifier, source, out, SETTINGS, restart=restart)
         assert not (out / "job.json").exists()
     assert (tables / "part-000000.parquet").read_bytes() == before
+    with pytest.raises(InputError, match="was not written by shapleycam attribute"):
+        attribute(classifier, tables / "part-000000.parquet", tables, SETTINGS)
+    (tables / "part-000000.parquet").rename(tables / "train.parquet")
     for source, out in (  # where nothing of it is listed, it may be near
+        (folder, folder / ".maps" / "a"),
         (tables, tables / "maps"),
         (f"{folder}/bee/*.png", folder / "bee" / "maps"),
         (folder, tmp_path),
+        (tables / "train.parquet", tables),
     ):
         for _ in range(2):
             assert attribute(classifier, source, out, SETTINGS).explained
@@ -217,6 +221,39 @@ def test_a_model_that_cannot_be_pickled(classifier, folder, tmp_path):
     assert attribute(classifier, folder, tmp_path / "one", SETTINGS).rows == 23
     with pytest.raises(InputError, match=r"cannot be pickled \(.*lambda.*importable module"):
         attribute(classifier, folder, tmp_path / "two", SETTINGS, devices=["cpu", "cpu"])
+    del classifier.model.shape
+    torch.nn.utils.parametrizations.weight_norm(next(m for m in classifier.model.modules() if isinstance(m, torch.nn.Conv2d)))
+    assert attribute(classifier, folder, tmp_path / "three", SETTINGS, devices=["cpu:0"]).rows == 23  # the model's own
+    with pytest.raises(InputError, match=r"cannot be pickled \(.*arametriz"):
+        attribute(classifier, folder, tmp_path / "four", SETTINGS, devices=["cpu", "cpu"])
+
+
+@pytest.mark.parametrize("name", ["job.json", "manifest.parquet"])
+def test_a_damaged_description_says_what_to_do(classifier, folder, tmp_path, name):
+    out = tmp_path / "maps"
+    attribute(classifier, folder, out, SETTINGS)
+    (out / name).write_bytes(b"{")
+    with pytest.raises(InputError, match="remove it, or choose another --out|Use --restart to begin anew, or another --out"):
+        attribute(classifier, folder, out, SETTINGS)
+    if name == "manifest.parquet":
+        assert attribute(classifier, folder, out, SETTINGS, restart=True).rows == 23
+    else:
+        (out / name).unlink()
+        part = next(out.glob("part-*"))
+        part.write_bytes(part.read_bytes()[:-9])
+        with pytest.raises(InputError, match="is damaged, and may be somebody's own.*remove it"):
+            attribute(classifier, folder, out, SETTINGS, restart=True)
+
+
+def test_a_moved_result_says_how_to_show_copies(classifier, folder, tmp_path):
+    out = tmp_path / "maps"
+    attribute(classifier, folder, out, SETTINGS)
+    file = sorted(folder.rglob("*.png"))[0]
+    os.utime(file, (1, 1))
+    key = file.relative_to(folder).as_posix()
+    with pytest.raises(InputError, match=r"it was changed since\. Of a copy only sizes are compared: open_maps\(.*source="):
+        open_maps(out).view(key)
+    assert open_maps(out, source=folder).view(key).shape[0] == 3
 
 
 def test_the_fingerprint_sees_buffers_that_are_not_saved(classifier):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import tarfile
 import threading
 
@@ -15,7 +16,7 @@ from pyarrow import parquet
 
 from shapleycam import InputError
 from shapleycam.data import tables
-from shapleycam.data.files import RemoteFiles
+from shapleycam.data.files import RemoteFiles, _changed
 from shapleycam.data.manifest import fingerprint_of, write_manifest
 from shapleycam.data.sources import label_of, open_source
 
@@ -146,15 +147,22 @@ def test_what_a_store_says_of_a_file_is_part_of_the_fingerprint(tmp_path, name):
 
     put(CONTENTS)
     before = fingerprint_of(open_source(f"memory://changes/{name}"))
-    entries = list(open_source(f"memory://changes/{name}").entries())
+    listed = open_source(f"memory://changes/{name}")
+    entries, packed = list(listed.entries()), pickle.dumps(listed)
     assert fingerprint_of(open_source(f"memory://changes/{name}")) == before
     put(CONTENTS[::-1])
     source = open_source(f"memory://changes/{name}")
     assert fingerprint_of(source) != before
     if name != "p":  # for each picture it would be one more request
-        with pytest.raises(InputError, match="is not what was listed: it was changed since"):
-            source.load(entries[1])
+        for each in (source, listed, pickle.loads(packed)):  # a worker; whoever listed it; a worker of a process that did
+            with pytest.raises(InputError, match="is not what was listed: it was changed since"):
+                each.load(entries[1])
     memory.rm("/changes", recursive=True)
+
+
+def test_quotes_are_no_change():
+    # adlfs gives the ETag in quotes when it is asked for a file, and without in a listing.
+    assert _changed({"etag": '"0x8D"'}) == _changed({"etag": "0x8D"}) != _changed({"etag": "0x8E"})
 
 
 class Store:

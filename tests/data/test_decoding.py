@@ -123,9 +123,11 @@ ORIENTED = {
     "png, xmp in a plain text": png_with(chunk(b"tEXt", b"XML:com.adobe.xmp\0" + XMP)),
     "png, exif in a compressed text": png_with(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW))),
     "png, exif in a plain text": png_with(chunk(b"tEXt", b"Raw profile type exif\0" + RAW)),
+    "png, exif in a text of that name": png_with(chunk(b"tEXt", b"exif\0" + exif(6))),
     "png, exif": png_with(chunk(b"eXIf", exif(6)[6:])),
     "png, exif behind the pixels": png_with(chunk(b"eXIf", exif(6)[6:]), behind=True),
     "jpeg, xmp": jpeg_with(ADOBE + XMP),
+    "jpeg, xmp that says both": jpeg_with(ADOBE + XMP.replace(b"6", b"1") + XMP),
     "jpeg, exif twice": jpeg_with(exif(1), exif(6)),
     **{
         f"jpeg, exif {order}{kind}{count}": jpeg_with(exif(6, kind, order, count))
@@ -143,11 +145,17 @@ def test_an_orientation_that_not_all_decoders_see_is_pillow_s(name):
     found = Decoder(whole, "auto")(ORIENTED[name], name)
     assert (found.width, found.height) == expected.size and torch.equal(found.view, whole.view(expected))
     assert expected.size == (
-        (61, 43) if name in ("jpeg, exif twice", "jpeg, exif <11", "jpeg, exif <42", "jpeg, exif >11") else (43, 61)
+        (61, 43)
+        if name in ("jpeg, exif twice", "jpeg, xmp that says both", "jpeg, exif <11", "jpeg, exif <42", "jpeg, exif >11")
+        else (43, 61)
     )
 
 
 def test_what_says_nothing_of_the_orientation_stays_fast():
+    upright = jpeg_with(exif(1), ADOBE + XMP.replace(b"6", b"1"))  # as Lightroom writes them
+    assert simple(upright) and torch.equal(
+        Decoder(RECIPE, "auto")(upright, "a").view, Decoder(RECIPE, "pillow")(upright, "a").view
+    )
     assert (
         simple(jpeg_with(ADOBE + b"<x:xmpmeta/>"))
         and simple(jpeg_with(exif(6), ADOBE + b"<x/>"))

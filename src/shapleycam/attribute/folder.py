@@ -144,7 +144,8 @@ class Folder:
         said = metadata_of(file)
         ours = begun if said is None else (b"fingerprint" if file.name == MANIFEST else b"shapleycam:layout") in said[1]
         if not ours:
-            raise InputError(f"{file} was not written by shapleycam attribute, and would be overwritten: choose another --out.")
+            what = "is damaged, and may be somebody's own" if said is None else "was not written by shapleycam attribute"
+            raise InputError(f"{file} {what}, and would be overwritten: remove it, or choose another --out.")
 
     def _begin(self) -> None:
         self.manifest = write_manifest(self._source, self.path / MANIFEST, self._shard_size)
@@ -172,7 +173,12 @@ class Folder:
             raise InputError(
                 f"{self.path} belongs to a job with another {values}: use --restart to overwrite it, or another --out."
             )
-        self.manifest = Manifest(self.path / MANIFEST)
+        try:
+            self.manifest = Manifest(self.path / MANIFEST)
+        except InputError as error:
+            if (self.path / MANIFEST).exists():
+                self._refuse_foreign(self.path / MANIFEST, begun=True)
+            raise InputError(f"{error} Use --restart to begin anew, or another --out.") from error
         now, count = fingerprint_of(self._source)
         self.key["manifest"] = content["key"]["manifest"]
         if now != self.manifest.fingerprint or now != self.key["manifest"]:
@@ -237,7 +243,7 @@ def metadata_of(file: Path) -> tuple[int, dict[bytes, bytes]] | None:
         if error.errno is None:  # pyarrow's word for a file that ends too early
             return None
         raise JobError(f"{file} cannot be read: {error.strerror or error}. Nothing was removed; try again.") from error
-    except ValueError:  # pyarrow's for all other damage
+    except (ValueError, NotImplementedError):  # pyarrow's for all other damage
         return None
     return int(meta.num_rows), dict(meta.metadata or {})
 
@@ -260,7 +266,9 @@ def read_job(path: Path, layout: str | None = LAYOUT) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path} holds no result of shapleycam attribute: there is no {JOB}.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not the description of a result ({error!r}).") from error
+        raise InputError(
+            f"{file} is not the description of a result ({error!r}): remove it, or choose another --out."
+        ) from error
     if layout not in (None, there):
         raise InputError(f"{path} has layout {there!r}; this version of shapleycam ({__version__}) reads layout {LAYOUT!r}.")
     assert isinstance(content, dict)

@@ -142,7 +142,7 @@ def attribute(
             from .ray import on_ray
 
             parts = on_ray(work, missing, devices, address, stop)
-        elif len(devices) > 1 or any(torch.device(name) not in (home, torch.device(home.type)) for name in devices):
+        elif len(devices) > 1 or any(not _is_home(torch.device(name), home) for name in devices):
             from .processes import on_devices
 
             parts = on_devices(work, missing, devices, stop)
@@ -168,8 +168,11 @@ def attribute(
 
 def _refuse_the_source(out: Path, source: Source) -> None:
     """Raise InputError if the source would list the result the next time."""
-    where, pictures = out.resolve(), None if source.local is None else source.local.resolve()
-    if pictures is not None and (where == pictures or (source.recursive and pictures in where.parents)):
+    if source.local is None or Path(source.address.removeprefix("file://")).is_file():  # a table or tar has no others beside it
+        return
+    where, pictures = out.resolve(), source.local.resolve()
+    below = where == pictures or (source.recursive and pictures in where.parents)
+    if below and not any(part.startswith(".") for part in where.relative_to(pictures).parts):  # where no source looks
         raise InputError(
             f"{out} is among the pictures of {source.address}, and would be listed with them: choose another --out."
         )
@@ -184,6 +187,11 @@ def _type_of(devices: Sequence[str], home: torch.device) -> str:
     if len(types) > 1:
         raise InputError(f"devices must be of one type, as maps differ in their last bits between types; got {list(devices)}.")
     return types.pop()
+
+
+def _is_home(device: torch.device, home: torch.device) -> bool:
+    """Whether a device is the model's own, by whatever name; there is one CPU."""
+    return device.type == home.type and (device.type == "cpu" or device.index in (None, home.index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +214,7 @@ class Work:
         content = io.BytesIO()
         try:
             torch.save(self, content, pickle_module=pickle_module)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
             raise InputError(
                 f"The model cannot go to other processes, as it cannot be pickled ({error}): define what it is made of at the "
                 "top of an importable module, or run in one process, without devices."

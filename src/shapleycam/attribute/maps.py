@@ -232,7 +232,7 @@ class Maps(Dataset[Map]):
         path = part_files(self.path, k)[k]
         try:
             file = need("pyarrow.parquet", _EXTRA).ParquetFile(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{path} cannot be read: {error}. Remove it, and run shapleycam attribute again.") from error
         said = file.metadata.metadata or {}
         layout = said.get(b"shapleycam:layout", b"").decode()
@@ -361,7 +361,15 @@ class Maps(Dataset[Map]):
         decode = Decoder(self.preprocess, made["decoder"], made["max_pixels"])
         if self._given is not None:  # a copy has times of its own
             entry = entry._replace(changed=0)
-        return decode(self.source.load(entry), entry.key).view
+        try:
+            content = self.source.load(entry)
+        except InputError as error:
+            if self._given is not None:
+                raise
+            raise InputError(
+                f"{error} Of a copy only sizes are compared: open_maps({str(self.path)!r}, source=...)."
+            ) from error
+        return decode(content, entry.key).view
 
     def overlay(self, key: str | int, *, colormap: str = "jet", alpha: float = 0.5) -> Tensor:
         """The heatmap over the crop, uint8 [H, W, 3] or [M, H, W, 3].

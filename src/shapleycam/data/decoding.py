@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -127,7 +128,7 @@ def simple(content: bytes) -> tuple[int, int] | None:
 _HARMLESS = frozenset(
     (b"IDAT", b"IEND", b"PLTE", b"pHYs", b"tIME", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"tEXt")
 )
-_ORIENTED = (b"Raw profile type", b"XML:com.adobe.xmp")
+_ORIENTED = (b"Raw profile type", b"XML:com.adobe.xmp", b"exif\0")
 
 
 def _simple_png(content: bytes) -> tuple[int, int] | None:
@@ -159,6 +160,10 @@ def _usual_exif(segment: bytes) -> bool:
     return turns in ([], [usual])
 
 
+#: as Pillow looks for it in XMP; Lightroom and its like write one, of a picture that is upright
+_XMP_TURN = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+
+
 def _simple_jpeg(content: bytes) -> tuple[int, int] | None:
     place, size, exif = 2, None, False
     while place + 9 < len(content) and content[place] == 0xFF:
@@ -174,7 +179,7 @@ def _simple_jpeg(content: bytes) -> tuple[int, int] | None:
                 if exif or not _usual_exif(segment):
                     return None
                 exif = True
-            elif b"tiff:Orientation" in segment:  # XMP
+            elif set(_XMP_TURN.findall(segment)) - {b"1"}:
                 return None
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
             depth, components = content[place + 4], content[place + 9]

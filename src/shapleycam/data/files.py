@@ -71,7 +71,7 @@ class Files(ABC):
             InputError: it has another size, or was changed.
         """
         if (now := self.find(path)) is not None:  # else whoever reads it says so
-            _refuse_other(path, now.size, now.changed, size, changed)
+            refuse_other(path, now.size, now.changed, size, changed)
 
     def join(self, folder: str, path: str) -> str:
         return f"{folder.rstrip('/')}/{path}" if folder.strip("/") else f"{folder}{path}"
@@ -114,7 +114,7 @@ class LocalFiles(Files):
                 at = os.fstat(descriptor)
                 if not stat.S_ISREG(at.st_mode):
                     raise InputError(f"{shown(path)} is no regular file.")
-                _refuse_other(path, at.st_size, at.st_mtime_ns, size, changed)
+                refuse_other(path, at.st_size, at.st_mtime_ns, size, changed)
                 if start:
                     file.seek(start)
                 content: bytes = file.read() if length < 0 else file.read(length)
@@ -153,6 +153,10 @@ class RemoteFiles(Files):
         self.system, self.protocol = system, protocol
         self._checked: set[tuple[str, int, int]] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, which look for themselves."""
+        return {**self.__dict__, "_checked": set()}
+
     def check_listed(self, path: str, size: int, changed: int) -> None:
         if (path, size, changed) not in self._checked:  # once: it is a request to the store
             super().check_listed(path, size, changed)
@@ -184,7 +188,7 @@ class RemoteFiles(Files):
         if 0 <= length != len(content):
             raise InputError(f"{self.protocol}://{path} ends before byte {start + length}: was it changed since it was listed?")
         if length < 0:
-            _refuse_other(path, start + len(content), 0, size, changed)
+            refuse_other(path, start + len(content), 0, size, changed)
         return content
 
     def open(self, path: str) -> BinaryIO:
@@ -293,7 +297,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_other(path: str, now_size: int, now_changed: int, size: int, changed: int) -> None:
+def refuse_other(path: str, now_size: int, now_changed: int, size: int, changed: int) -> None:
     """Raise InputError for a file that is not what was listed, by what is known then and now."""
     if 0 <= size != now_size >= 0:
         raise InputError(f"{shown(path)} is not what was listed: it has {now_size} bytes, and had {size}.")
@@ -319,4 +323,7 @@ _VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "modified
 def _changed(info: dict[str, Any]) -> int:
     """63 bits of the first thing that a store says of a file's version; 0 if it says nothing."""
     said = next((info[name] for name in _VERSIONS if info.get(name)), None)
-    return 0 if said is None else int.from_bytes(hashlib.blake2b(str(said).encode(), digest_size=8).digest(), "little") >> 1
+    if said is None:
+        return 0
+    bare = str(said).strip('"')  # Azure's ETag has quotes when a file is asked for, and none in a listing
+    return int.from_bytes(hashlib.blake2b(bare.encode(), digest_size=8).digest(), "little") >> 1

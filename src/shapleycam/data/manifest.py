@@ -47,7 +47,7 @@ class Manifest:
                 raise InputError(f"{file} is not a manifest that this version reads (format {said.get(b'format')!r}).")
             self.fingerprint = said[b"fingerprint"].decode()
             self.shard_size = int(said[b"shard_size"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
             raise error if isinstance(error, InputError) else InputError(f"{file} is not a manifest: {error}") from error
         self.count = self._file.metadata.num_rows
         self.shards = self._file.metadata.num_row_groups

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..optional import need
-from .files import Files, Found, LocalFiles, shown
+from .files import Files, Found, LocalFiles, refuse_other, shown
 from .sources import Entry, Source, content_of, label_of, place_of
 
 _EXTRA = "attribute"
@@ -71,7 +71,7 @@ class Tables(Source):
             whole = self.files.join(self.folder, path)
             at = self.files.find(whole)
             size, changed = (-1, 0) if at is None else (at.size, at.changed)
-            pieces = self._pieces(path, size, changed)
+            pieces = self._pieces(path)
             row = 0
             small = [column for column in (self._key, self._label) if column]
             for index in range(len(pieces.starts)):
@@ -132,9 +132,13 @@ class Tables(Source):
     def _pieces(self, path: str, size: int = -1, changed: int = 0) -> _Pieces:
         """A table, opened; one that was changed since it was listed is refused, and one since it was opened is opened again."""
         whole = self.files.join(self.folder, path)
-        if size >= 0 or changed:
+        now = None
+        if isinstance(self.files, LocalFiles):
+            now = self.files.find(whole)
+            if now is not None:
+                refuse_other(whole, now.size, now.changed, size, changed)
+        elif size >= 0 or changed:
             self.files.check_listed(whole, size, changed)
-        now = self.files.find(whole) if isinstance(self.files, LocalFiles) else None
         with self._lock:
             pieces = self._files.get(path)
             if pieces is None or pieces.stamp != now:
@@ -191,7 +195,7 @@ class _Pieces:
             return [batch.num_rows for batch in self._table.to_batches()]
         except InputError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{shown(path)} is not a table that can be read: {error}") from error
 
     def _parquet(self) -> Any:
@@ -215,7 +219,7 @@ class _Pieces:
                 return file.read_row_group(index, columns=columns)
         except InputError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{shown(self.path)} cannot be read: {error}") from error
 
     def paths(self, index: int, image: str) -> list[str | None] | None:
