@@ -13,7 +13,7 @@ from ..errors import ExportError
 from ..model.layouts import Layout
 from ..plan import Plan, Settings
 from .base import Program, Recipe, map_size
-from .graph import ModelGraph, trace
+from .graph import ModelGraph, plainly, trace
 from .pooled import PooledProgram
 from .traced import TracedProgram
 
@@ -37,7 +37,7 @@ def build(
         explain: the explainer, ``(images, targets) -> Explanation``.
         images, targets, size, all_classes: as there.
     """
-    with torch.inference_mode(False):  # whose tensors have no derivatives
+    with torch.inference_mode(False), plainly(images.device):  # tensors of inference mode have no derivatives
         expected = explain(images, None)
         program = assemble(settings, plan, expected, images, targets, size, all_classes)
         _compare(program, explain, images, expected)

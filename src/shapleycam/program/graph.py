@@ -11,12 +11,13 @@ import copy
 import re
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +32,9 @@ from .folding import fold_batch_norms
 #: Torch's tracers are one for the whole process; two threads cannot trace at once.
 TRACING = threading.Lock()
 _EXAMPLE = 13
+
+Copied = TypeVar("Copied")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
             that it fixes. The message names the place.
     """
     specs: list[TreeSpec] = []
-    tapped = _Tapped(_shadow(model), layer, images_as, specs.append)
+    tapped = _Tapped(shadow(model), layer, images_as, specs.append)
     # A number that no other size is likely to have: where the batch equals one, torch may take them for the same.
     example = images[:1].detach().expand(_EXAMPLE, *images.shape[1:]).contiguous()
     try:
@@ -143,15 +147,40 @@ def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None], names: 
     return found
 
 
-def _shadow(model: nn.Module) -> nn.Module:
-    """A copy of the model's modules over the same tensors: tracing swaps them, which no other thread is to see."""
-    tensors = chain(model.parameters(), model.buffers())
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+@contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Without autocast, whose casts would stay in what is traced."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def shadow(model: ModuleT) -> ModuleT:
+    """A copy of the model's modules over the same tensors: tracing swaps them, which no other thread is to see.
+
+    Raises:
+        ExportError: as :func:`copied`.
+    """
+    return copied(model, "tracing", {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def copied(model: Copied, what: str, memo: dict[int, Any] | None = None) -> Copied:
+    """A deep copy.
+
+    Args:
+        model: a module, or what holds one.
+        what: is done with the copy, for the message.
+        memo: of :func:`copy.deepcopy`.
+
+    Raises:
+        ExportError: it cannot be copied.
+    """
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:
+    except Exception as error:  # of whatever the user's modules hold
+        held = getattr(model, "model", model)
         raise ExportError(
-            f"{type(model).__name__} cannot be copied ({error}), and tracing works on a copy. Give it a __deepcopy__."
+            f"{type(held).__name__} cannot be copied ({said(error)[:-1]}), and {what} works on a copy. Give what is in the way "
+            "a __deepcopy__, or take it out of the model."
         ) from error
 
 

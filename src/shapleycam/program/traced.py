@@ -20,9 +20,9 @@ from ..errors import ExportError, ShapleyCamError
 from ..model.layouts import Transformed
 from ..ops import reference
 from ..utilities.named import evaluate
-from .base import Program, Recipe
+from .base import Explained, Program, Recipe
 from .folding import bind
-from .graph import TRACING, ModelGraph, any_strides, place_of, said, tensors_of
+from .graph import TRACING, ModelGraph, any_strides, place_of, plainly, said, tensors_of
 from .substitutes import Smooth
 
 
@@ -54,6 +54,13 @@ class TracedProgram(Program):
             for name, tensor in graph.constants.items():
                 self.register_buffer(name, tensor, persistent=False)
         self.trunk, self.derivatives = trunk, derivatives
+
+    def explain(self, images: Tensor, targets: Tensor | None) -> Explained:
+        """As :meth:`Program.explain`; autocast, which would cast some of the operators and not what they meet, is left out."""
+        if not torch.is_autocast_enabled(images.device.type):
+            return super().explain(images, targets)
+        with plainly(images.device):
+            return super().explain(images, targets)
 
     def _tensors(self, names: Sequence[str]) -> list[Tensor]:
         """The weights as they are now; a parameter that was replaced is followed."""
