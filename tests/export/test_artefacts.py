@@ -155,11 +155,22 @@ def test_metadata_say_how_it_was_made(made, model):
         ("cat.jpg", None, "str"),
         (torch.zeros(2, 3, SIZE, SIZE), torch.zeros(3, dtype=torch.int64), r"N = 2"),
         (torch.zeros(2, 3, SIZE, SIZE), torch.zeros(2), "float32"),
+        (torch.zeros(2, 3, SIZE, SIZE), "cat", "an int, or int64 .* got 'cat'"),
+        (torch.zeros(2, 3, SIZE, SIZE), [[1], [2, 3]], r"got \[\[1\], \[2, 3\]\]"),
+        (torch.zeros(2, 3, SIZE, SIZE), {"class": 1}, "got {'class': 1}"),
+        (torch.zeros(2, 3, SIZE, SIZE), 2**70, "got 1180591620717411303424"),
+        (torch.zeros(2, 3, SIZE, SIZE), True, "bool"),
     ],
 )
 def test_what_an_artefact_does_not_take(made, images, targets, said):
     with pytest.raises(InputError, match=said):
         made(targets="given", maps="raw").explain(images, targets)
+
+
+def test_one_class_for_all_images_is_any_whole_number(made, images):
+    artefact = made(targets="given", maps="raw")
+    for one in (numpy.int64(2), torch.tensor(2), [2] * 5):
+        assert artefact.explain(images, one).targets.tolist() == [2] * 5
 
 
 def test_no_targets_where_none_are_taken(made, images):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,8 @@ from .._version import __version__
 from ..data.images import Preprocess
 from ..errors import ExportError, InputError
 from ..explainer import Explainer
+from ..optional import need
+from ..program.graph import TRACING, plainly
 from .artefact import Artefact, load
 from .check import BATCHES, TOLERANCE, Reference, as_pixels, check, examples, judge
 from .files import written
@@ -92,7 +93,9 @@ def export(
     if not prediction.isidentifier() or prediction in (*names[1:], "image", "target"):
         raise InputError(f"prediction must be a name that no other input or output has, got {prediction!r}.")
     front = _front(preprocess, pixels, resize, images)
-    with written(path, overwrite) as temporary:
+    versions = _versions(form, wanted)
+    # Inference mode and autocast around the call would be in the file, or in what it is compared with.
+    with written(path, overwrite) as temporary, torch.inference_mode(False), plainly(images.device):
         program = explainer.program(
             images,
             targets="given" if targets == "several" else targets,
@@ -129,10 +132,12 @@ def export(
             engine=diagnostics.engine,
             baseline=diagnostics.baseline,
             nodes=diagnostics.nodes,
-            versions=_versions(form),
+            versions=versions,
         )
         traced = [torch.zeros_like(probe[0]), *probe[1:]]  # an exported program keeps its examples: not the user's images
-        form.write(trace(interface, inputs, [each.to(images.device) for each in traced]), temporary, metadata, opset)
+        exported = trace(interface, inputs, [each.to(images.device) for each in traced])
+        with TRACING:
+            form.write(exported, temporary, metadata, opset)
         size = tuple(images.shape[2:]) if maps == "image" else diagnostics.layouts[0].grid
         checks, expected = {}, Reference(explainer, preprocess)
         for runtime in wanted:
@@ -174,8 +179,15 @@ def _inputs(images: Tensor, count: int, front: Pixels | None, seed: int) -> Tens
     return grown.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _versions(form: Format) -> dict[str, str]:
+def _versions(form: Format, runtimes: Sequence[str]) -> dict[str, str]:
+    """Of the packages that make the file and of those that it is checked in, as they say themselves.
+
+    Raises:
+        InputError: one of them is missing.
+    """
     found = {"shapleycam": __version__, "torch": torch.__version__}
-    for package in form.packages():
-        found[package] = importlib.metadata.version(package)
+    for package in (*form.packages(), *runtimes):
+        if package != "torch":
+            extra = "openvino" if package == "openvino" else "export"
+            found[package] = str(getattr(need(package, extra), "__version__", "unknown"))
     return found

@@ -122,7 +122,7 @@ def _compile(
     last: bool,
 ) -> Compiled:
     expected = explain(images, None)
-    model = copied(settings.model, "compiling").to(dtype)
+    model = copied(settings.model, type(settings.model).__name__, "compiling").to(dtype)
     if last:
         model = model.to(memory_format=torch.channels_last)
     program = assemble(settings, plan, expected, images, asked.targets, asked.size, asked.all_classes, model, asked.fold)

@@ -117,7 +117,7 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
             that it fixes. The message names the place.
     """
     specs: list[TreeSpec] = []
-    tapped = _Tapped(shadow(model), layer, images_as, specs.append)
+    tapped = _Tapped(shadow(model, type(model).__name__), layer, images_as, specs.append)
     # A number that no other size is likely to have: where the batch equals one, torch may take them for the same.
     example = images[:1].detach().expand(_EXAMPLE, *images.shape[1:]).contiguous()
     try:
@@ -154,34 +154,42 @@ def plainly(device: torch.device) -> Iterator[None]:
         yield
 
 
-def shadow(model: ModuleT) -> ModuleT:
+def shadow(model: ModuleT, name: str) -> ModuleT:
     """A copy of the model's modules over the same tensors: tracing swaps them, which no other thread is to see.
 
+    Args:
+        model: any module.
+        name: as for :func:`copied`.
+
     Raises:
-        ExportError: as :func:`copied`.
+        ExportError: as there.
     """
-    return copied(model, "tracing", {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    return copied(model, name, "tracing", {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
-def copied(model: Copied, what: str, memo: dict[int, Any] | None = None) -> Copied:
+def copied(held: Copied, name: str, what: str, memo: Mapping[int, Any] | None = None) -> Copied:
     """A deep copy.
 
     Args:
-        model: a module, or what holds one.
+        held: a model, or what holds one.
+        name: of the model, for the message.
         what: is done with the copy, for the message.
         memo: of :func:`copy.deepcopy`.
 
     Raises:
         ExportError: it cannot be copied.
     """
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # of whatever the user's modules hold
-        held = getattr(model, "model", model)
-        raise ExportError(
-            f"{type(held).__name__} cannot be copied ({said(error)[:-1]}), and {what} works on a copy. Give what is in the way "
-            "a __deepcopy__, or take it out of the model."
-        ) from error
+    for left in reversed(range(5)):
+        try:
+            return copy.deepcopy(held, dict(memo or {}))
+        except Exception as error:  # whatever the user's modules hold may raise
+            if left and isinstance(error, RuntimeError) and "during iteration" in str(error):
+                continue  # a thread that explains has set or taken its hook
+            raise ExportError(
+                f"{name} cannot be copied ({said(error)[:-1]}), and {what} works on a copy. Give what is in the way a "
+                "__deepcopy__, or take it out of the model."
+            ) from error
+    raise AssertionError("unreachable")
 
 
 def said(error: BaseException) -> str:

@@ -36,7 +36,7 @@ class Onnx(Format):
     METADATA, SEAL = "shapleycam", "shapleycam.sha256"
 
     def packages(self) -> tuple[str, ...]:
-        return ("onnx", "onnxscript", "onnxruntime")
+        return ("onnx", "onnxscript")
 
     def write(self, exported: ExportedProgram, path: Path, metadata: Metadata, opset: int | None) -> None:
         onnx = need("onnx", "export")
