@@ -109,6 +109,25 @@ def test_pictures_of_any_size_are_resized_as_pillow_does(made, precise, height, 
     assert off(found.maps, expected.raw) < 1e-5
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_stretched_resize(made, precise, suffix):
+    """torchvision's Resize((h, w)) and CenterCrop: both orders of Pillow's passes are in one file."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    stretched = replace(PREPROCESS, resize=(SIZE + 4, SIZE + 4))
+    artefact = made(suffix, preprocess=stretched, resize=True, maps="raw")
+    assert artefact.metadata.versions["pillow"]
+    mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (stretched.mean, stretched.std))
+    for height, width in ((60, 90), (90, 30), (90, 60), (40, 40)):
+        pixels = numpy.random.default_rng(height).integers(0, 256, (2, height, width, 3), dtype=numpy.uint8)
+        found = artefact.explain(pixels)
+        views = torch.stack([stretched.view(Image.fromarray(each)) for each in pixels])
+        expected = precise((views.double() / 255 - mean) / std)
+        assert off(found.logits, expected.logits) < 1e-5 and off(found.maps, expected.raw) < 1e-5
+
+
 def test_the_file_alone_is_enough(made, precise, images):
     """Nothing of shapleycam reads it here."""
     artefact = made(targets="given", outputs=ALL, classes=[f"class {i}" for i in range(CLASSES)], prediction="logits")
