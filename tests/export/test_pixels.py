@@ -10,7 +10,7 @@ from shapleycam import InputError
 from shapleycam.data.images import Preprocess
 from shapleycam.export.pixels import Pixels
 
-#: Landscape, portrait and square, reduced and enlarged; from (600, 100) on so high that new releases of Pillow do the columns first.
+#: Landscape, portrait and square, reduced and enlarged; from (600, 100) on with columns first since Pillow 13.
 SIZES = [(300, 400), (400, 300), (224, 224), (70, 95), (256, 256), (803, 577), (60, 600), (600, 100), (900, 400), (190, 80)]
 
 

@@ -198,6 +198,15 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(".") + "."
 
 
+def operator_of(error: BaseException) -> str:
+    """Which operator of a graph an error came from, in words: " (in torch.ops.aten.view.default)"; or nothing."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        named = re.search(r"torch\.ops\.[\w.]+", frame.line or "") if frame.filename.startswith("<eval_with_key>") else None
+        if named is not None:
+            return f" (in {named[0]})"
+    return ""
+
+
 def place_of(error: BaseException) -> str:
     """Where the user's own code was, in words: the innermost line that is neither torch's nor this package's."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
@@ -249,7 +258,8 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> M
         if node is not output and any(argument in behind for argument in node.all_input_nodes):
             behind.add(node)
     read = {n for node in (*behind, output) for n in node.all_input_nodes if n not in behind} - {tapped, *names}
-    sides = [n for n in graph.nodes if n in read and isinstance(n.meta["val"], Tensor)]
+    # What is made of sizes alone (the first state of a recurrent network) the head makes itself, for as many rows as it has.
+    sides = [n for n in graph.nodes if n in read and isinstance(n.meta["val"], Tensor) and not _of_sizes(n)]
     batch = images.meta["val"].shape[0]
     if not any(str(n.meta["val"].shape[0]) == str(batch) for n in (tapped, *sides) if n.meta["val"].ndim):
         sides.append(images)  # whose number the head may want to know
@@ -258,6 +268,12 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> M
     whole, trunk = graph_of([images], given), graph_of([images], [tapped, *sides])
     head = graph_of([tapped, *sides], outputs)
     return ModelGraph(trunk, head, whole, constants, spec)
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    return node.target == torch.ops.aten.sym_size.int or all(map(_of_sizes, node.all_input_nodes))
 
 
 def _part(
