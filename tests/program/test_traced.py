@@ -196,6 +196,23 @@ def test_operators_that_fix_the_number_of_images(head):
     torch.testing.assert_close(found.logits, expected.logits, **TIGHT)
 
 
+class Attends(nn.MultiheadAttention):
+    def forward(self, a):
+        tokens = a.flatten(2).transpose(1, 2)
+        return super().forward(tokens, tokens, tokens, need_weights=False)[0][:, 0]
+
+
+def test_a_linear_layer_is_one_product():
+    """Attention turns its tokens around, and torch multiplies such rows one by one, each of which reads the weight."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 1), Attends(6, 2, batch_first=True), nn.Linear(6, 5)).eval().double(), images()
+    explainer = Explainer(model, "0", "shapleycam-h", layout=Layout("NCHW", (4, 4)), backend="torch")
+    program = explainer.program(x[:2])
+    torch.testing.assert_close(program(x).raw, explainer(x).raw, **TIGHT)
+    for node in program.derivatives.graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default):
+        assert (node.args[0].meta["val"].ndim, node.meta["val"].ndim) != (2, 3), node.format_node()
+
+
 def test_an_operator_without_a_substitute_is_named():
     resize = Apply(lambda a: nn.functional.interpolate(a, size=(3, 3), mode="bilinear", antialias=True))
     model = nn.Sequential(nn.Conv2d(3, 6, 1), resize, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))

@@ -253,6 +253,18 @@ def _dropout(x: Tensor, p: float, train: bool) -> Any:
     return NotImplemented if train else x
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """As one matrix product: of rows that lie in memory in another order torch makes many, each of which reads the weight."""
+    if x.ndim < 3:
+        return NotImplemented
+    rows: Tensor = aten.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _matmul(x: Tensor, other: Tensor) -> Any:
+    return _linear(x, other.t()) if other.ndim == 2 else NotImplemented
+
+
 def _view(x: Tensor, shape: Sequence[Any]) -> Tensor:
     return x.reshape(shape)  # a substitute's result may lie in memory in another order
 
@@ -264,6 +276,8 @@ def _size(x: Tensor, dim: int) -> Any:
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten.sym_size.int: _size,
     aten.view.default: _view,
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.layer_norm.default: _layer_norm,
     aten.native_layer_norm.default: _native_layer_norm,

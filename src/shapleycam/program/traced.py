@@ -136,16 +136,13 @@ class _FreeBatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        shapes = self._mode.shape_env
-        # A composite operator looks at its input before it calls one of aten's.
-        if (
-            self._fixed_by is None
-            and func.namespace != "prim"
-            and shapes is not None
-            and shapes.replace(self._batch.node._expr).is_number
-        ):
+        if self._fixed_by is None and func.namespace != "prim" and self._fixed():  # by prim composite operators look around
             self._fixed_by = func
         return result
+
+    def _fixed(self) -> bool:
+        shapes = self._mode.shape_env
+        return shapes is not None and bool(shapes.replace(self._batch.node._expr).is_number)
 
     def check(self, layer: str, error: Exception | None = None) -> None:
         """Raise ExportError where the number of images is fixed by now; ``error`` is what came of it."""

@@ -56,8 +56,8 @@ class Onnx(Format):
                 model = program.model_proto
         except Exception as error:
             raise ExportError(
-                f"The model has no ONNX form at opset {opset or OPSET}: {said(_root(error))}. Formats 'pt2' and 'aoti' have all "
-                "operators of PyTorch; or explain a layer behind this one."
+                f"The model has no ONNX form at opset {opset or OPSET}: {said(_root(error))}. Formats 'pt2' and 'aoti' have "
+                "all operators of PyTorch; or explain a layer behind the one that is missing."
             ) from error
         wanted, got = opset or OPSET, next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
         if got != wanted:
