@@ -181,7 +181,10 @@ def awkward() -> dict[str, tuple[nn.Module, ...]]:
     }
 
 
-@pytest.mark.parametrize("head", list(awkward()))
+SHORT = ("bilinear", "instance-statistics", "glu", "gru", "std", "unfold", "lp-pool", "pair")  # the others take as long again
+
+
+@pytest.mark.parametrize("head", [pytest.param(h, marks=() if h in SHORT else pytest.mark.long) for h in awkward()])
 def test_operators_that_fix_the_number_of_images(head):
     torch.manual_seed(2)
     model, x = nn.Sequential(nn.Conv2d(3, 6, 1), *awkward()[head], nn.Linear(6, 5)).eval().double(), images()

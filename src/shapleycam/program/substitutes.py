@@ -257,7 +257,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """As one matrix product: of rows that lie in memory in another order torch makes many, each of which reads the weight."""
     if x.ndim < 3:
         return NotImplemented
-    rows: Tensor = aten.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])  # a -1 would be a number that compilers do not take
+    rows: Tensor = aten.linear(flat, weight, bias)
     return rows.reshape(*x.shape[:-1], weight.shape[0])
 
 
