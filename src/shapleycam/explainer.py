@@ -486,8 +486,8 @@ class Explainer:
             options: of ``torch.compile``, such as ``dynamic=True`` or ``mode="max-autotune"``.
 
         Raises:
-            ExportError: as :meth:`program`; the compiler is missing or fails; or the maps are off by more than 1e-4, relative
-                (float16 0.05, bfloat16 0.3).
+            ExportError: as :meth:`program`; the compiler is missing or fails; or logits or maps are off by more than 1e-4,
+                relative (float16 0.05, bfloat16 0.3), or no numbers.
             InputError: another dtype, or as :meth:`__call__`, as are LayerError, ModelStateError and DerivativeError.
         """
         return compile_program(

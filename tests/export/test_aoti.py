@@ -67,7 +67,7 @@ def test_in_cpp_without_python(made, tmp_path):
         command = [program, artefact.path, tmp_path / "photo.ppm", tmp_path / "map.pgm", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
-    for target in (None, 3):
+    for target in (None, -1, 3):
         done = run(*([] if target is None else [str(target)]))
         assert done.returncode == 0, done.stderr
         expected = artefact.explain(picture()[None], target)
@@ -79,6 +79,7 @@ def test_in_cpp_without_python(made, tmp_path):
         assert abs(found - 255 * expected.maps[0].numpy()).max() <= 0.51
     assert run(str(CLASSES)).returncode == 2 and "no" not in run(str(CLASSES)).stdout
     assert "not a number" in run(str(CLASSES)).stderr
+    assert run("cat").returncode == 2 and "CLASS must be a whole number, got 'cat'" in run("cat").stderr
 
 
 def test_without_a_compiler(model, example, tmp_path, monkeypatch):

@@ -109,6 +109,25 @@ def test_pictures_of_any_size_are_resized_as_pillow_does(made, precise, height, 
     assert off(found.maps, expected.raw) < 1e-5
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_stretched_resize(made, precise, suffix):
+    """torchvision's Resize((h, w)) and CenterCrop: both orders of Pillow's passes are in one file."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    stretched = replace(PREPROCESS, resize=(SIZE + 4, SIZE + 4))
+    artefact = made(suffix, preprocess=stretched, resize=True, maps="raw")
+    assert artefact.metadata.versions["pillow"]
+    mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (stretched.mean, stretched.std))
+    for height, width in ((60, 90), (90, 30), (90, 60), (40, 40)):
+        pixels = numpy.random.default_rng(height).integers(0, 256, (2, height, width, 3), dtype=numpy.uint8)
+        found = artefact.explain(pixels)
+        views = torch.stack([stretched.view(Image.fromarray(each)) for each in pixels])
+        expected = precise((views.double() / 255 - mean) / std)
+        assert off(found.logits, expected.logits) < 1e-5 and off(found.maps, expected.raw) < 1e-5
+
+
 def test_the_file_alone_is_enough(made, precise, images):
     """Nothing of shapleycam reads it here."""
     artefact = made(targets="given", outputs=ALL, classes=[f"class {i}" for i in range(CLASSES)], prediction="logits")
@@ -155,11 +174,22 @@ def test_metadata_say_how_it_was_made(made, model):
         ("cat.jpg", None, "str"),
         (torch.zeros(2, 3, SIZE, SIZE), torch.zeros(3, dtype=torch.int64), r"N = 2"),
         (torch.zeros(2, 3, SIZE, SIZE), torch.zeros(2), "float32"),
+        (torch.zeros(2, 3, SIZE, SIZE), "cat", "an int, or int64 .* got 'cat'"),
+        (torch.zeros(2, 3, SIZE, SIZE), [[1], [2, 3]], r"got \[\[1\], \[2, 3\]\]"),
+        (torch.zeros(2, 3, SIZE, SIZE), {"class": 1}, "got {'class': 1}"),
+        (torch.zeros(2, 3, SIZE, SIZE), 2**70, "got 1180591620717411303424"),
+        (torch.zeros(2, 3, SIZE, SIZE), True, "bool"),
     ],
 )
 def test_what_an_artefact_does_not_take(made, images, targets, said):
     with pytest.raises(InputError, match=said):
         made(targets="given", maps="raw").explain(images, targets)
+
+
+def test_one_class_for_all_images_is_any_whole_number(made, images):
+    artefact = made(targets="given", maps="raw")
+    for one in (numpy.int64(2), torch.tensor(2), [2] * 5):
+        assert artefact.explain(images, one).targets.tolist() == [2] * 5
 
 
 def test_no_targets_where_none_are_taken(made, images):

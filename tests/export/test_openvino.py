@@ -53,6 +53,14 @@ def test_openvino_given_classes(made, precise):
     assert numpy.isnan(found["saliency_map"][2]).all()
 
 
+def test_a_class_that_is_none_behind_a_relu(model, example, tmp_path):
+    """Its maximum of NaN and 0 is 0, which LayerCAM takes of the channels' weights."""
+    options = {"targets": "given", "maps": "raw", "runtimes": ["openvino"]}
+    artefact = export(Explainer(model, method="layercam"), example, tmp_path / "explained.onnx", **options)
+    found = load(artefact.path, "openvino").explain(example, torch.tensor([CLASSES, 2])).maps
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
 def test_an_export_is_checked_there_too_where_that_is_asked_for(model, example, tmp_path, monkeypatch):
     path = tmp_path / "explained.onnx"
     artefact = export(Explainer(model), example, path, runtimes=["onnxruntime", "openvino"], maps="raw")

@@ -1,9 +1,14 @@
 """What is refused, and what is left behind: nothing."""
 
+import importlib.metadata
 import os
 import shutil
+import sys
+import threading
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -11,6 +16,7 @@ from torch import nn
 from shapleycam import Explainer, ExportError, InputError, LayerError
 from shapleycam.export import export, files, load, make
 from shapleycam.export.formats.onnx import Onnx
+from shapleycam.program.graph import shadow
 
 from ..helpers import network
 from .conftest import CLASSES, PREPROCESS
@@ -171,6 +177,64 @@ def test_choices_that_there_are_not(model, example, tmp_path, options, error, sa
     with pytest.raises(error, match=said):
         export(Explainer(model), options.pop("images", example), path, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_goes_by_another_name(model, example, tmp_path, monkeypatch):
+    """onnxruntime-gpu installs the module onnxruntime, and no distribution of that name."""
+
+    def unknown(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    about = export(Explainer(model), example, tmp_path / "explained.onnx", maps="raw").metadata
+    assert about.versions["onnxruntime"] == onnxruntime.__version__ and about.versions["onnx"] == onnx.__version__
+
+
+def test_a_package_that_is_missing_is_missed_before_the_work(model, example, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(make, "trace", lambda *_: pytest.fail("traced"))
+    with pytest.raises(InputError, match="onnxruntime is not installed"):
+        export(Explainer(model), example, tmp_path / "explained.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_copied(example, tmp_path):
+    model = network(curved=False, classes=CLASSES)
+    model.lock = threading.Lock()
+    with pytest.raises(ExportError, match="Sequential cannot be copied"):
+        export(Explainer(model), example, tmp_path / "explained.pt2")
+    # Tracing copies modules; the comparison copies what the explainer has besides.
+    explainer = Explainer(network(curved=False, classes=CLASSES))
+    explainer.note = threading.Lock()
+    with pytest.raises(ExportError, match="cannot be copied .*, and the comparison with float64 works on a copy"):
+        export(explainer, example, tmp_path / "explained.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_that_meets_a_hook_being_set_is_made_again():
+    class Busy(nn.Module):
+        met = 0
+
+        def __deepcopy__(self, memo):
+            Busy.met += 1
+            if Busy.met < 3:
+                raise RuntimeError("OrderedDict mutated during iteration")
+            return Busy()
+
+    assert isinstance(shadow(Busy(), "Busy"), Busy) and Busy.met == 3
+
+
+def test_autocast_and_inference_mode_stay_outside_of_the_file(model, example, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        artefact = export(Explainer(model), example, tmp_path / "explained.pt2", maps="raw", tolerance=1e-5)
+    assert artefact.explain(example).logits.dtype == torch.float32
+    torch.testing.assert_close(artefact.explain(example).maps, Explainer(model)(example).raw)
+
+
+def test_the_umask_is_not_touched(model, example, tmp_path, monkeypatch):
+    """It is one for all threads."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("os.umask"))
+    export(Explainer(model), example, tmp_path / "explained.pt2", maps="raw")
 
 
 def test_several_layers_are_refused(example, tmp_path):

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,29 @@ def test_eager_calls_skip_the_dispatcher(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- shared names
+
+
+def test_eager_calls_skip_the_dispatcher_while_another_thread_exports(monkeypatch):
+    """Torch's flag is one for the process, and its dispatcher then writes into what the exporting thread reads."""
+    for name in CALLS:
+        monkeypatch.setattr(sys.modules[f"shapleycam.ops.{name}"].OPERATOR, "_registered", None)
+    inside, done = threading.Event(), threading.Event()
+
+    class Waits(torch.nn.Module):
+        def forward(self, a):
+            inside.set()
+            assert done.wait(60)
+            return a + 1
+
+    exporting = threading.Thread(target=torch.export.export, args=(Waits(), (A,)), kwargs={"strict": False})
+    exporting.start()
+    try:
+        assert inside.wait(60) and torch.compiler.is_compiling()
+        for call in CALLS.values():
+            call(A)
+    finally:
+        done.set()
+        exporting.join()
 
 
 def test_enums_are_the_same_everywhere():

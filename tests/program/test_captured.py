@@ -116,6 +116,38 @@ def test_weights():
         graphs(x)
 
 
+def test_a_first_call_in_inference_mode():
+    graphs, program, recorder = captured("given")
+    x, classes = images(2), torch.tensor([1, 2])
+    with torch.inference_mode():
+        same(graphs(images(2, seed=1), classes), program(images(2, seed=1), classes))
+    found = graphs(x, classes)
+    same(found, program(x, classes))
+    assert recorder.recorded == 1 and not any(part.is_inference() for part in found)
+    with torch.inference_mode():
+        same(graphs(x, classes), program(x, classes))
+
+
+def test_nothing_is_recorded_that_autocast_keeps():
+    """A graph would read the casts of the weights after autocast has freed them, and later weights never."""
+    program = Explainer(network(curved=False), "2").program(images(2))  # whose model runs under autocast
+    kept = []
+
+    class Watches(FakeRecorder):
+        def record(self, function):
+            kept.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+            if len(kept) > 1:
+                raise torch.OutOfMemoryError("on purpose")
+            return super().record(function)
+
+    graphs = Captured(program, images(2), Watches())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert graphs(images(2)).logits.dtype == torch.bfloat16
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs(images(8))
+        assert kept == [(True, False)] * 2 and torch.is_autocast_cache_enabled()
+
+
 def test_threads():
     graphs, program, _ = captured()
     wrong = []

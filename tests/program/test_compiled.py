@@ -3,6 +3,8 @@
 All but one go through dynamo and AOTAutograd with a backend that runs the graph as it is: the C++ compiler takes its time.
 """
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -122,6 +124,67 @@ def test_a_wrong_compiler_is_noticed():
 
     with pytest.raises(ExportError, match="maps are off by"):
         Explainer(network(), "2").compile(torch.randn(3, 3, 8, 8), backend=wrong)
+
+
+def test_numbers_that_overflow_are_noticed():
+    """The class that is predicted from NaN is another one, so that no map would be compared."""
+    model, x = network(), torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight *= 1e5
+        model[0].bias *= 1e5
+        model[5].weight *= 1e-5
+        model[-1].bias[2] += 50  # argmax takes NaN for the largest: the class 0 is none that the explainer finds
+    explainer = Explainer(model, "2")
+    assert explainer(x).targets.tolist() == [2, 2, 2] and explainer(x).raw.isfinite().all()
+    with pytest.raises(ExportError, match="maps are off by inf"):
+        explainer.compile(x, backend="eager", dtype=torch.float16)
+
+
+def test_maps_of_another_class_are_compared_with_the_maps_of_that_class():
+    """In bfloat16 the two best classes change places; the maps of neither would be looked at."""
+    model, x = network(), torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        model[-1].weight[1] = model[-1].weight[0]
+        model[-1].bias[:2] = torch.tensor([40.01, 40.0])  # one number in bfloat16
+    explainer = Explainer(model, "2")
+    assert explainer(x).targets.tolist() == [0, 0, 0]
+
+    def swapped(wrong):
+        def backend(graph, example):
+            def run(*args):
+                found = [part.clone() for part in graph(*args)]
+                logits = next(part for part in found if part.ndim == 2)
+                logits[:, 1] += 0.02
+                chosen = next(part for part in found if part.dtype == torch.int64)
+                chosen.fill_(1)
+                return [part * wrong if part.ndim == 3 else part for part in found]
+
+            return run
+
+        return backend
+
+    report = explainer.compile(x, backend=swapped(1.0), dtype=torch.float16, report=True).report
+    assert report.same_class == 0 and report.maps < 0.05
+    with pytest.raises(ExportError, match="maps are off by"):
+        explainer.compile(x, backend=swapped(-1.0), dtype=torch.float16)
+
+
+def test_autocast_and_inference_mode_around_it():
+    model, x = network(), torch.randn(3, 3, 8, 8)
+    expected = Explainer(model, "2", backend="torch")(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        compiled = Explainer(model, "2", backend="torch").compile(x, backend="eager")
+        within = compiled(x)
+    for found in (within, compiled(x)):
+        torch.testing.assert_close(found.raw, expected.raw)
+        assert found.logits.dtype == torch.float32
+
+
+def test_a_model_that_cannot_be_copied():
+    model = network()
+    model.lock = threading.Lock()
+    with pytest.raises(ExportError, match="cannot be copied"):
+        Explainer(model, "2").compile(torch.randn(2, 3, 8, 8), backend="eager")
 
 
 def test_one_program_has_nothing_to_do_with_another():

@@ -86,6 +86,10 @@ def test_targets():
         assert part[[2, 3]].isnan().all() and part[[0, 1, 4]].isfinite().all()
     with pytest.raises(InputError, match="int64"):
         program(x, torch.zeros(5))
+    with pytest.raises(InputError, match=r"a row for each of 5 images, got \(1,\)"):
+        program(x, torch.zeros(1, dtype=torch.int64))  # which would broadcast
+    with pytest.raises(InputError, match="a row for each of 5 images"):
+        program(x, torch.zeros(4, 2, dtype=torch.int64))
     with pytest.raises(InputError, match="without targets"):
         explainer.program(x)(x, torch.zeros(5, dtype=torch.int64))
     with pytest.raises(InputError, match="targets must be one of"):
@@ -192,3 +196,28 @@ def test_a_model_that_is_another_in_every_call_is_noticed():
     model.target = nn.Sequential(model.target, Restless()).eval()
     with pytest.raises(ExportError, match="differs from the explainer"):
         Explainer(model, "target").program(x)
+
+
+@pytest.mark.parametrize("head", ["pool-linear", "conv-bn-silu"])
+def test_a_program_made_under_autocast_is_none_of_autocast(head):
+    model, x = Split(*small_heads()[head]).eval(), images(dtype=torch.float32)
+    explainer = Explainer(model, "target", backend="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        program = Explainer(model, "target", backend="torch").program(x[:2])
+        within = program(x)
+    # In a call it acts on a model that runs, not on a graph.
+    assert within.logits.dtype == (torch.bfloat16 if head == "pool-linear" else torch.float32)
+    found, expected = program(x), explainer(x)
+    assert found.logits.dtype == torch.float32
+    torch.testing.assert_close(found.raw, expected.raw)
+
+
+def test_the_mark_of_a_class_that_is_none_outlives_a_relu_that_swallows_it(monkeypatch):
+    """OpenVINO's maximum of NaN and 0 is 0."""
+    clamp = torch.Tensor.clamp_min
+    monkeypatch.setattr(torch.Tensor, "clamp_min", lambda x, least: clamp(x.nan_to_num(least), least))
+    x = images()
+    for method in ("layercam", "shapleycam-e"):
+        program = Explainer(pooled(), "target", method, backend="torch").program(x, targets="given")
+        raw = program(x, torch.tensor([1, 5, -2, 0, -1])).raw
+        assert raw[[1, 2]].isnan().all() and raw[[0, 3, 4]].isfinite().all()

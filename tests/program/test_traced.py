@@ -9,6 +9,7 @@ from torch import nn
 
 from shapleycam import UTILITIES, Explainer, ExportError, Layout, ModelStateError
 from shapleycam.objectives import SegmentationScore
+from shapleycam.program import traced
 
 from ..helpers import Split, small_heads
 
@@ -127,6 +128,119 @@ def test_a_users_utility_and_outputs():
     model = Split(*small_heads()["pool-linear"]).eval().double()
     explainer = Explainer(model, "target", utility=lambda z, t: z.gather(1, t[:, None])[:, 0].tanh() + z.square().sum(1))
     torch.testing.assert_close(explainer.program(x[:2])(x).raw, explainer(x).raw, **TIGHT)
+
+
+class Last(nn.Module):
+    """The last output of a recurrent network over the positions."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        return self.network(a.flatten(2).transpose(1, 2))[0][:, -1]
+
+
+class Apply(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        return self.function(a)
+
+
+class Pair(nn.Bilinear):
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        return super().forward(a.mean((2, 3)), a.amax((2, 3)))
+
+
+def awkward() -> dict[str, tuple[nn.Module, ...]]:
+    """Heads, but for the classifier, with operators whose own derivatives are for one number of images."""
+    pooled = (nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    statistics = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
+    statistics.running_mean.uniform_(-1, 1)
+    statistics.running_var.uniform_(0.5, 2)
+    functional = nn.functional
+    return {
+        "bilinear": (nn.Upsample(scale_factor=2, mode="bilinear"), *pooled),
+        "bilinear-corners": (nn.Upsample(size=(7, 5), mode="bilinear", align_corners=True), *pooled),
+        "bilinear-factor": (nn.Upsample(scale_factor=1.7, mode="bilinear", recompute_scale_factor=False), *pooled),
+        "bicubic": (nn.Upsample(size=(3, 7), mode="bicubic"), *pooled),
+        "nearest": (nn.Upsample(size=(6, 9)), *pooled),
+        "instance": (nn.InstanceNorm2d(6, affine=True), *pooled),
+        "instance-statistics": (statistics, *pooled),
+        "glu": (nn.GLU(1), nn.Conv2d(3, 6, 1), *pooled),
+        "gru": (Last(nn.GRU(6, 6, batch_first=True)),),
+        "lstm": (Last(nn.LSTM(6, 6, batch_first=True, bidirectional=True)), nn.Linear(12, 6)),
+        "std": (Apply(lambda a: a.std((2, 3))),),
+        "var": (Apply(lambda a: a.var((2, 3), correction=0)),),
+        "unfold": (Apply(lambda a: functional.unfold(a, (2, 3), 1, 1, 2).tanh().mean(2)), nn.Linear(36, 6)),
+        "lp-pool": (nn.Softplus(), nn.LPPool2d(2, 2), *pooled),
+        "pair": (Pair(6, 6, 6),),
+    }
+
+
+SHORT = ("bilinear", "instance-statistics", "glu", "gru", "std", "unfold", "lp-pool", "pair")  # the others take as long again
+
+
+@pytest.mark.parametrize("head", [pytest.param(h, marks=() if h in SHORT else pytest.mark.long) for h in awkward()])
+def test_operators_that_fix_the_number_of_images(head):
+    torch.manual_seed(2)
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 1), *awkward()[head], nn.Linear(6, 5)).eval().double(), images()
+    with torch.no_grad():
+        model[-1].weight.mul_(6)
+    explainer = Explainer(model, "0", "shapleycam-h", layout=Layout("NCHW", (4, 4)), backend="torch")
+    expected = explainer(x, torch.tensor([0, 3, 1, 4, 2]))
+    first = Explainer(model, "0", "hirescam", layout=Layout("NCHW", (4, 4)), backend="torch")(x, expected.targets)
+    assert (expected.raw - first.raw).abs().max() > 1e-4 * expected.raw.abs().max()  # the second order counts
+    found = explainer.program(x[:2], targets="given")(x, expected.targets)
+    torch.testing.assert_close(found.raw, expected.raw, **TIGHT)
+    torch.testing.assert_close(found.logits, expected.logits, **TIGHT)
+
+
+class Attends(nn.MultiheadAttention):
+    def forward(self, a):
+        tokens = a.flatten(2).transpose(1, 2)
+        return super().forward(tokens, tokens, tokens, need_weights=False)[0][:, 0]
+
+
+def test_a_linear_layer_is_one_product():
+    """Attention turns its tokens around, and torch multiplies such rows one by one, each of which reads the weight."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 1), Attends(6, 2, batch_first=True), nn.Linear(6, 5)).eval().double(), images()
+    explainer = Explainer(model, "0", "shapleycam-h", layout=Layout("NCHW", (4, 4)), backend="torch")
+    program = explainer.program(x[:2])
+    torch.testing.assert_close(program(x).raw, explainer(x).raw, **TIGHT)
+    for node in program.derivatives.graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default):
+        assert (node.args[0].meta["val"].ndim, node.meta["val"].ndim) != (2, 3), node.format_node()
+
+
+def test_an_operator_without_a_substitute_is_named():
+    resize = Apply(lambda a: nn.functional.interpolate(a, size=(3, 3), mode="bilinear", antialias=True))
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), resize, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    with pytest.raises(
+        ExportError, match=r"one number of images, as aten._upsample_bilinear2d_aa\S* fixes it.*explain a layer behind"
+    ):
+        Explainer(model.eval().double(), "0", layout=Layout("NCHW", (4, 4))).program(images())
+
+
+def test_a_program_that_does_not_run_names_the_operator(monkeypatch):
+    """Whatever a graph has with the sizes of its example."""
+    cut = traced._derivatives
+
+    def fixed(recipe, graph):
+        made = cut(recipe, graph)
+        reshapes = made.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default)
+        reshapes[0].args = (reshapes[0].args[0], [13, 96])
+        made.recompile()
+        return made
+
+    monkeypatch.setattr(traced, "_derivatives", fixed)
+    with pytest.raises(
+        ExportError, match=r"does not run for 5 images \(in torch.ops.aten.reshape.default\): RuntimeError: shape"
+    ):
+        Explainer(curved("flatten-mlp"), "target").program(images())
 
 
 class Around(nn.Module):

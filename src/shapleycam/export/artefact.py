@@ -91,14 +91,17 @@ class Artefact:
 
     def _targets(self, targets: Any, count: int, port: Port) -> Tensor:
         several = len(port.shape) == 2
-        if targets is None or (isinstance(targets, int) and not isinstance(targets, bool)):
-            index = -1 if targets is None else targets
-            return torch.full((count, 1) if several else (count,), index, dtype=torch.int64)
-        given = torch.as_tensor(targets)
-        if given.dtype not in (torch.int64, torch.int32) or given.ndim != len(port.shape) or given.shape[0] != count:
-            wanted = "[N, M]" if several else "[N]"
-            raise InputError(f"targets must be int64 {wanted} with N = {count}, got {given.dtype} {tuple(given.shape)}.")
-        return given.to("cpu", torch.int64).contiguous()
+        wanted = f"an int, or int64 {'[N, M]' if several else '[N]'} with N = {count}"
+        try:
+            given = torch.as_tensor(-1 if targets is None else targets)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InputError(f"targets must be {wanted}, got {targets!r:.80}: {error}.") from error
+        whole = given.dtype in (torch.int64, torch.int32)
+        if whole and given.ndim == 0:  # one class for all images
+            return torch.full((count, 1) if several else (count,), int(given), dtype=torch.int64)
+        if not whole or given.ndim != len(port.shape) or given.shape[0] != count or 0 in given.shape:
+            raise InputError(f"targets must be {wanted}, got {given.dtype} {tuple(given.shape)}.")
+        return given.detach().to("cpu", torch.int64).contiguous()
 
 
 def load(path: str | Path, runtime: str | None = None) -> Artefact:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from ..explainer import Explainer
 from ..model.capture import tensor_of
 from ..ops import reference
 from ..ops.display_map import EPS_DISPLAY
+from ..program.graph import TRACING, copied
 from .formats import Run
 from .metadata import Metadata
 
@@ -88,7 +88,7 @@ class Reference:
     """
 
     def __init__(self, explainer: Explainer, preprocess: Preprocess | None) -> None:
-        self._explainer = copy.deepcopy(explainer)
+        self._explainer = copied(explainer, type(explainer.model).__name__, "the comparison with float64")
         self._explainer.model.double()
         self._device = next((p.device for p in self._explainer.model.parameters()), torch.device("cpu"))
         self._preprocess = preprocess
@@ -126,7 +126,8 @@ class Reference:
 
     def explain(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, K] and signed maps [N, M, *grid] of classes [N, M]; a map of NaN where a class is none."""
-        with warnings.catch_warnings():
+        # The filters are those of the process: two threads that take turns badly would leave them changed.
+        with TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore", ShapleyCamWarning)  # the user was warned by their own explainer
             logits = self._explainer(images).logits
             assert logits is not None

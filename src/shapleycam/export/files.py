@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +23,11 @@ def written(path: Path, overwrite: bool) -> Iterator[Path]:
         raise ExportError(f"{path} is a folder: name a file in it.")
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists: give another name, or overwrite=True (--overwrite).")
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        temporary.open("xb").close()
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}.") from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         _publish(temporary, path, overwrite)
@@ -38,9 +37,6 @@ def written(path: Path, overwrite: bool) -> Iterator[Path]:
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
     try:
-        umask = os.umask(0)  # mkstemp makes files for their owner alone
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if overwrite:

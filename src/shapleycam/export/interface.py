@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,10 +62,12 @@ class Interface(nn.Module):
         found: list[Tensor] = []
         handle = None
         if "feature_vector" in self.outputs:
-            model, layer = self.program.model, self._layer
+            model, layer, owner = self.program.model, self._layer, threading.get_ident()
             assert isinstance(model, nn.Module)
 
             def take(module: nn.Module, args: Any, output: Any) -> None:
+                if threading.get_ident() != owner:  # who explains the same model meanwhile
+                    return
                 found.append(self._layout.view(tensor_of(output, layer)).mean(2))
 
             handle = model.get_submodule(layer).register_forward_hook(take)

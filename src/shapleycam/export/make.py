@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,10 +13,12 @@ from .._version import __version__
 from ..data.images import Preprocess
 from ..errors import ExportError, InputError
 from ..explainer import Explainer
+from ..optional import need
+from ..program.graph import TRACING, plainly
 from .artefact import Artefact, load
 from .check import BATCHES, TOLERANCE, Reference, as_pixels, check, examples, judge
 from .files import written
-from .formats import Format, check_runtimes, format_for
+from .formats import check_runtimes, format_for
 from .interface import MAPS, TARGETS, Interface, check_choice, check_outputs, input_ports, output_ports
 from .metadata import Metadata, weights_checksum
 from .pixels import Pixels
@@ -65,8 +66,8 @@ def export(
         prediction: what the output "prediction" is called in the file.
         preprocess: how the model's images are made from pictures, for the metadata, and for what follows.
         pixels: take decoded pixels of the model's size, uint8 [N, H, W, 3], and normalise them inside.
-        resize: take decoded pictures of any size, and resize and crop them inside as ``preprocess.view`` does, to the same
-            levels; in pictures much higher than wide, newer releases of Pillow round some in another order.
+        resize: take decoded pictures of any size, and resize and crop them inside as ``preprocess.view`` does with the Pillow
+            that is installed, to the same levels.
         classes: the names of the classes, for the metadata.
         name: of the model, for the metadata; its class's by default.
         opset: of ONNX; 18 by default.
@@ -92,7 +93,9 @@ def export(
     if not prediction.isidentifier() or prediction in (*names[1:], "image", "target"):
         raise InputError(f"prediction must be a name that no other input or output has, got {prediction!r}.")
     front = _front(preprocess, pixels, resize, images)
-    with written(path, overwrite) as temporary:
+    versions = _versions((*form.packages(), *wanted, *(("PIL",) if resize else ())))
+    # Inference mode and autocast around the call would be in the file, or in what it is compared with.
+    with written(path, overwrite) as temporary, torch.inference_mode(False), plainly(images.device):
         program = explainer.program(
             images,
             targets="given" if targets == "several" else targets,
@@ -129,10 +132,12 @@ def export(
             engine=diagnostics.engine,
             baseline=diagnostics.baseline,
             nodes=diagnostics.nodes,
-            versions=_versions(form),
+            versions=versions,
         )
         traced = [torch.zeros_like(probe[0]), *probe[1:]]  # an exported program keeps its examples: not the user's images
-        form.write(trace(interface, inputs, [each.to(images.device) for each in traced]), temporary, metadata, opset)
+        exported = trace(interface, inputs, [each.to(images.device) for each in traced])
+        with TRACING:
+            form.write(exported, temporary, metadata, opset)
         size = tuple(images.shape[2:]) if maps == "image" else diagnostics.layouts[0].grid
         checks, expected = {}, Reference(explainer, preprocess)
         for runtime in wanted:
@@ -167,15 +172,24 @@ def _inputs(images: Tensor, count: int, front: Pixels | None, seed: int) -> Tens
     levels = as_pixels(made, front.preprocess)
     if not front.resize:
         return levels
-    # Wide ones, and slightly high ones.
-    wide = count < 3
-    height, width = levels.shape[1] * (5 if wide else 6) // 4 + 1, levels.shape[2] * (7 if wide else 5) // 4 + 3
+    # Wide ones, and ones so high that their columns come first.
+    wanted = front.preprocess.resize
+    rows, columns = (wanted, wanted) if isinstance(wanted, int) else wanted
+    height, width = rows * 5 // 4 + 1, columns * (7 if count < 3 else 5) // 4 + 3
+    height = height if count < 3 else 2 * (height + width)
     grown = torch.nn.functional.interpolate(levels.permute(0, 3, 1, 2).float(), (height, width), mode="bilinear")
     return grown.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _versions(form: Format) -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of the packages that make the file and of those that it is checked in, as they say themselves.
+
+    Raises:
+        InputError: one of them is missing.
+    """
     found = {"shapleycam": __version__, "torch": torch.__version__}
-    for package in form.packages():
-        found[package] = importlib.metadata.version(package)
+    for package in packages:
+        if package != "torch":
+            extra = {"openvino": "openvino", "PIL": "cli"}.get(package, "export")
+            found[package.replace("PIL", "pillow")] = str(getattr(need(package, extra), "__version__", "unknown"))
     return found

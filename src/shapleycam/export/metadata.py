@@ -47,7 +47,7 @@ class Metadata:
         preprocess: the fields of :class:`shapleycam.data.images.Preprocess`, None where unknown. Whether it is done inside the
             artefact, the dtype and the shape of the input ``image`` say.
         classes: their names, empty where unknown.
-        model: the name of the network. weights: sha256 of its parameters and buffers.
+        model: the name of the network. weights: sha256 of its ``state_dict``: see :func:`weights_checksum`.
         layer, method, utility, engine, baseline, nodes: of the explainer.
         versions: of the packages that made the file.
         checks: how far the artefact was off when it was made, in each runtime that it was run in: see
@@ -115,9 +115,10 @@ def _tuples(value: Any) -> Any:
 
 
 def weights_checksum(model: nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of a model's parameters and buffers, in the order of their names.
+    """sha256 over the names, dtypes, shapes and bytes of the tensors in a model's ``state_dict``, in the order of their names.
 
-    The same for the same weights, on every device and in every memory layout.
+    The same for the same weights, on every device and in every memory layout; buffers that are not persistent, and tensors
+    that the model holds otherwise, are none of it.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

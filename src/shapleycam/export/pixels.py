@@ -1,10 +1,11 @@
 """From decoded pixels to what a network takes, as a module that exports: resize, centre crop, normalisation.
 
 The resize is Pillow's, which :meth:`shapleycam.data.images.Preprocess.view` uses: separable filters, widened when the picture
-shrinks, rounded to whole levels after the rows and again after the columns. It is written as two products with matrices that
-are made from the size of the picture. Their weights are whole multiples of 2^-22, as Pillow's are, so that all sums are exact
-in float64, whatever their order: every runtime that has float64 gives Pillow's own levels. Pillow's newer releases do the
-columns first where that is cheaper, for pictures about twice as high as wide: single levels differ there.
+shrinks, rounded to whole levels after the first pass and again after the second. It is written as two products with matrices
+that are made from the size of the picture. Their weights are whole multiples of 2^-22, as Pillow's are, so that all sums are
+exact in float64, whatever their order: every runtime that has float64 gives Pillow's own levels. Which pass comes first is seen
+in single levels: along the rows before Pillow 13, and since then (Pillow's #9549) down the columns where a picture loses more
+than twice as many rows as columns. A module does as the Pillow does that is installed when it is made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from ..data.images import Preprocess
 from ..errors import InputError
+from ..ops.operator import traced
+from ..optional import need
 
 _BITS = 22  # after the point, in Pillow's weights
 #: The radius of every filter, in pixels of the result where the picture is enlarged.
@@ -32,7 +35,7 @@ class Pixels(nn.Module):
         dtype: of the images.
 
     Raises:
-        InputError: an interpolation that has no filter ("nearest").
+        InputError: an interpolation that has no filter ("nearest"), or Pillow is missing where pictures are resized.
     """
 
     mean: Tensor
@@ -46,6 +49,7 @@ class Pixels(nn.Module):
                 "pixels of the model's size."
             )
         self.preprocess, self.resize, self.dtype = preprocess, resize, dtype
+        self.high_first = resize and int(need("PIL", "cli").__version__.partition(".")[0]) >= 13
         self.register_buffer("mean", torch.tensor(preprocess.mean, dtype=dtype)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std, dtype=dtype)[:, None, None], persistent=False)
 
@@ -66,9 +70,15 @@ class Pixels(nn.Module):
             resized = [torch.full_like(height, side) for side in wanted]
         rows = self._filter(pixels.shape[1], height, resized[0], crop[0])
         columns = self._filter(pixels.shape[2], width, resized[1], crop[1])
-        x = _levels(torch.matmul(columns, pixels.double()))  # along rows first: [w, W] @ [N, H, W, 3]
-        x = _levels(torch.matmul(rows, x.flatten(2)).unflatten(2, (crop[1], 3)))
-        return x.to(self.dtype)
+        given = (pixels.double(), rows, columns)
+        if not self.high_first:
+            return _along_first(*given).to(self.dtype)
+        down_first = height - resized[0] > 2 * (width - resized[1]).clamp_min(0)
+        if traced():
+            levels: Tensor = torch.cond(down_first, _down_first, _along_first, given)
+        else:  # torch.cond would call the compiler
+            levels = (_down_first if bool(down_first) else _along_first)(*given)
+        return levels.to(self.dtype)
 
     def _filter(self, count: int, length: Tensor, resized: Tensor, crop: int) -> Tensor:
         """Weights [crop, count] of one axis times 2^22, for the pixels of the centre crop of the resized axis."""
@@ -90,6 +100,23 @@ class Pixels(nn.Module):
 def _length(pixels: Tensor, dim: int) -> Tensor:
     """The length of an axis as int64 [], made so that a traced graph does not remember it."""
     return torch.arange(pixels.shape[dim], device=pixels.device).amax(0) + 1
+
+
+def _along_first(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[N, H, W, 3] by [h, H] and [w, W] to levels [N, h, w, 3]."""
+    return _down(_along(pixels, columns), rows)
+
+
+def _down_first(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return _along(_down(pixels, rows), columns)
+
+
+def _along(x: Tensor, columns: Tensor) -> Tensor:
+    return _levels(torch.matmul(columns, x))
+
+
+def _down(x: Tensor, rows: Tensor) -> Tensor:
+    return _levels(torch.matmul(rows, x.flatten(2)).unflatten(2, (x.shape[2], 3)))
 
 
 def _levels(x: Tensor) -> Tensor:

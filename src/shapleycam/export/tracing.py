@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from ..errors import ExportError, ShapleyCamError
+from ..program.graph import TRACING, shadow
 from .interface import Interface
 from .metadata import Port
 
@@ -20,6 +21,9 @@ _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1
 
 def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor]) -> ExportedProgram:
     """The exported program, whose free dimensions are those that the ports name.
+
+    What is traced is a copy of the modules over the same weights, as the tracer swaps these for fakes, and one thread traces at
+    a time.
 
     Raises:
         ExportError: the model does not trace; the message names the line of the model's code where that can be told.
@@ -30,10 +34,11 @@ def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tenso
             if isinstance(size, str):
                 dims.setdefault(size, Dim(size, min=1))
     shapes = tuple({i: dims[size] for i, size in enumerate(port.shape) if isinstance(size, str)} for port in inputs)
+    traced = shadow(interface, type(interface.program.model).__name__)
     try:
-        with torch.no_grad():
+        with TRACING, torch.no_grad():
             # Not the caller's images: an exported program keeps its examples.
-            return torch.export.export(interface, tuple(examples), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(traced, tuple(examples), dynamic_shapes=shapes, strict=False)
     except ShapleyCamError:
         raise
     except Exception as error:

@@ -12,6 +12,7 @@ from .backends import LADDER
 from .backends.native import Native
 from .channel_weighted_sum import channel_weighted_sum
 from .class_maps import class_maps
+from .operator import traced
 from .shared import check_floating, refuse_gradients
 from .utility_rows import utility_rows
 
@@ -46,8 +47,7 @@ def head_weights(rows: Tensor, weight: Tensor, *, backend: str = "auto") -> Tens
         least, most = Native.few_rows.get(weight.dtype, (1, 0))  # no other backend is quicker than the library
         # The compiler sees no ladder: there the operator serves, by whatever backend it then finds.
         if least <= n * m <= most and (
-            torch.compiler.is_compiling()
-            or LADDER.choose("channel_weighted_sum", "cpu", weight.dtype, None, backend).few_rows is Native.few_rows
+            traced() or LADDER.choose("channel_weighted_sum", "cpu", weight.dtype, None, backend).few_rows is Native.few_rows
         ):
             return channel_weighted_sum(weight[None], rows.reshape(1, n * m, k), backend=backend).view(n, m, -1)
     return torch.matmul(rows, weight if weight.dtype == rows.dtype else weight.to(rows.dtype))

@@ -58,7 +58,7 @@ class Operator:
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Serve checked arguments; where something traces or transforms, through the dispatcher, which costs."""
-        if torch.compiler.is_compiling() or has_torch_function(arguments) or not _PLAIN.issuperset(map(type, arguments)):
+        if traced() or has_torch_function(arguments) or not _PLAIN.issuperset(map(type, arguments)):
             return self._registered(*arguments, backend)
         return self.serve(backend, *arguments)
 
@@ -72,6 +72,11 @@ class Operator:
         )
         out = chosen.run(self, arguments)
         return out if check is None else check.verify(self, chosen, arguments, out)
+
+
+def traced() -> bool:
+    """Whether this thread traces: ``is_compiling`` is true in all threads of the process while one of them exports."""
+    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
 
 
 def select(operator: str, *tensors: Tensor | None, pooling: str | None = None, backend: str = "auto") -> str:

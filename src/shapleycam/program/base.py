@@ -97,8 +97,12 @@ class Recipe:
 class Program(nn.Module):
     """An explainer's road as a module; made by :meth:`shapleycam.Explainer.program`.
 
-    It holds the user's very model: a weight changed in place is followed, and a module that was replaced, added or removed is
-    refused, as is training mode. One that was made for :meth:`shapleycam.Explainer.compile` holds weights of its own instead.
+    It holds the user's very model: a parameter or buffer that changes is followed, and a module that was replaced, added or
+    removed is refused, as is training mode. Whatever else the model holds (a number, a tensor that is no buffer, a hook, a
+    function) is followed where the head is pool-and-linear, as the model itself runs there, and stays what it was when the
+    program was made where the head was traced. One that was made for :meth:`shapleycam.Explainer.compile` holds weights of
+    its own instead. What is made under autocast has none of it; in a call, autocast acts on a model that runs, and not on a
+    traced graph.
 
     Args:
         model: in evaluation mode; None for a program with weights of its own.
@@ -139,7 +143,7 @@ class Program(nn.Module):
                 no class gives a map of NaN; None (also otherwise) for the predicted one.
 
         Raises:
-            InputError: images of another size, or targets that the program does not take.
+            InputError: images of another size, targets that the program does not take, or not one row of them for each image.
             ModelStateError: the model was edited, or is in training mode.
         """
         self.check(images, targets)
@@ -164,6 +168,8 @@ class Program(nn.Module):
             raise InputError(f"This program was made for targets={self.targets!r}: call it without targets.")
         if targets is not None and (targets.ndim not in (1, 2) or targets.dtype != torch.int64):
             raise InputError(f"targets must be int64 [N] or [N, M], got {targets.dtype} {tuple(targets.shape)}.")
+        if targets is not None and targets.shape[0] != images.shape[0]:
+            raise InputError(f"targets must have a row for each of {images.shape[0]} images, got {tuple(targets.shape)}.")
 
     def explain(self, images: Tensor, targets: Tensor | None) -> Explained:
         """:meth:`forward` without its checks: nothing but tensors, for what traces or compiles."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportError
+from ..errors import ExportError, ShapleyCamError
 from ..model.layouts import Layout
 from ..plan import Plan, Settings
-from .base import Program, Recipe, map_size
-from .graph import ModelGraph, trace
+from .base import Explained, Program, Recipe, map_size
+from .graph import ModelGraph, operator_of, plainly, said, trace
 from .pooled import PooledProgram
 from .traced import TracedProgram
 
@@ -37,7 +37,7 @@ def build(
         explain: the explainer, ``(images, targets) -> Explanation``.
         images, targets, size, all_classes: as there.
     """
-    with torch.inference_mode(False):  # whose tensors have no derivatives
+    with torch.inference_mode(False), plainly(images.device):  # tensors of inference mode have no derivatives
         expected = explain(images, None)
         program = assemble(settings, plan, expected, images, targets, size, all_classes)
         _compare(program, explain, images, expected)
@@ -120,18 +120,31 @@ def _recipe(
 
 def _compare(program: Program, explain: Callable[..., Any], images: Tensor, expected: Any) -> None:
     """Raise ExportError unless the program is the explainer, also for one image more."""
-    found = program(images)
+
+    def run(*inputs: Tensor) -> Explained:
+        try:
+            explained: Explained = program(*inputs)
+            return explained
+        except (ShapleyCamError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of an operator that a graph has with the sizes of its example
+            raise ExportError(
+                f"The program does not run for {len(inputs[0])} images{operator_of(error)}: {said(error)} An operator behind "
+                f"{program.layer!r} fixes their number: explain a layer behind it, or write it with others in the model."
+            ) from error
+
+    found = run(images)
     if program.targets != "predicted":
         # The predicted class, and the first and the last: what is given and what is gathered must be what is meant.
         last = torch.full_like(expected.targets, expected.logits.shape[1] - 1)
         classes = torch.stack((expected.targets, torch.zeros_like(last), last), 1)
         expected = explain(images, classes)
-        found = program(images, classes) if program.targets == "given" else found
+        found = run(images, classes) if program.targets == "given" else found
         if program.targets == "all":
             found = found._replace(raw=found.raw[torch.arange(len(classes), device=classes.device)[:, None], classes])
     pairs = [(found.logits, expected.logits), (found.raw, expected.raw)]
     if isinstance(program, TracedProgram) and program.targets != "all":
-        more = program(torch.cat((images, images[:1])))
+        more = run(torch.cat((images, images[:1])))
         pairs += [(more.logits, torch.cat((found.logits, found.logits[:1])))]
         if found.raw.ndim == more.raw.ndim:
             pairs += [(more.raw, torch.cat((found.raw, found.raw[:1])))]
@@ -139,7 +152,8 @@ def _compare(program: Program, explain: Callable[..., Any], images: Tensor, expe
     if not max(wrong) <= TOLERANCE:
         raise ExportError(
             f"The program differs from the explainer: logits by {wrong[0]:.1e}, maps by {wrong[1]:.1e}, relative; at most "
-            f"{TOLERANCE:.0e} is allowed. Is the model the same in every call (in evaluation mode, without random parts)?"
+            f"{TOLERANCE:.0e} is allowed. Is the model the same in every call (in evaluation mode, without random parts)? Is "
+            "the map more than rounding (where a norm follows the layer at once, the sums of some methods cancel)?"
         )
 
 

@@ -140,13 +140,12 @@ class Captured:
                 f"This program was captured for {self._dtype} images on {self._device}, got {images.dtype} on {images.device}."
             )
         self.program.check(images, targets)
-        if targets is not None and targets.shape[0] != images.shape[0]:
-            raise InputError(f"targets must have a row for each of {images.shape[0]} images, got {tuple(targets.shape)}.")
         if self._recorder is None or not len(images):
             explained: Explained = self.program(images, targets)
             return explained
         self.program.check_model()
-        with self._lock, torch.no_grad():
+        # Tensors of inference mode cannot be written outside of it, and the buffers are for later calls too.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             graph = self._graph(images, targets)
             if graph is None:
                 explained = self.program(images, targets)
@@ -195,6 +194,9 @@ class Captured:
         index = torch.arange(size, device=images.device).remainder(len(images))
         still = images[index].clone()
         asked = None if targets is None else targets[index.to(targets.device)].to(images.device, copy=True)
+        cached = torch.is_autocast_cache_enabled()
+        # Autocast frees the casts that it keeps when its block ends, and a graph would go on reading them.
+        torch.set_autocast_cache_enabled(False)
         try:
             results, replay = self._recorder.record(lambda: self.program.explain(still, asked))
         except (ShapleyCamError, torch.OutOfMemoryError):
@@ -204,4 +206,6 @@ class Captured:
             self._recorder = None
             warn(f"No CUDA graphs, as {self.reason} It runs without them.")
             return None
+        finally:
+            torch.set_autocast_cache_enabled(cached)
         return _Graph(still, asked, results, replay)

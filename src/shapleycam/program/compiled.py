@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -16,7 +15,7 @@ from ..errors import ExportError, InputError, ShapleyCamError
 from ..plan import Plan, Settings
 from .base import Explained, Program
 from .build import TOLERANCE, assemble, off
-from .graph import said
+from .graph import copied, plainly, said
 
 #: The relative error of the maps up to which a compiled program of this dtype counts as the explainer.
 TOLERANCES = {torch.float64: TOLERANCE, torch.float32: TOLERANCE, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -28,7 +27,8 @@ class Report:
 
     Attributes:
         images: how many.
-        same_class: the share of them whose predicted class is the explainer's; the others are not compared.
+        same_class: the share of them whose predicted class is the explainer's; of the others, the map of the class that the
+            program predicts is compared.
         logits, maps: the largest relative error of the logits and of the raw maps (by the image's largest magnitude).
         correlation: the least Pearson correlation of a raw map with the explainer's.
     """
@@ -57,8 +57,8 @@ class Compilation:
 class Compiled:
     """A compiled program, called as a program is: ``(images, targets=None) -> Explained``.
 
-    It holds a copy of the weights: what is changed in the model later is not followed. The first call of every shape compiles
-    anew, which takes seconds to minutes; the sizes that it was made with are compiled already.
+    It holds a copy of the weights: what is changed in the model later is not followed, nor is autocast. The first call of
+    every shape compiles anew, which takes seconds to minutes; the sizes that it was made with are compiled already.
 
     Attributes:
         program: what was compiled.
@@ -78,7 +78,7 @@ class Compiled:
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> Explained:
         """Explain a batch; arguments, result and errors as :meth:`shapleycam.Program.forward`."""
         self.program.check(images, targets)
-        with torch.no_grad():
+        with plainly(images.device), torch.no_grad():
             return self._run(images.to(self.dtype, memory_format=self._format), targets)
 
 
@@ -108,8 +108,21 @@ def compile_program(
         raise InputError(f"channels_last=True needs images [N, channels, H, W], got {tuple(images.shape)}.")
     convolves = any(isinstance(module, nn.Conv2d) for module in settings.model.modules())
     last = images.ndim == 4 and convolves if asked.channels_last is None else asked.channels_last
+    with torch.inference_mode(False), plainly(images.device):
+        return _compile(settings, plan, explain, images, asked, dtype, last)
+
+
+def _compile(
+    settings: Settings,
+    plan: Plan,
+    explain: Callable[..., Any],
+    images: Tensor,
+    asked: Compilation,
+    dtype: torch.dtype,
+    last: bool,
+) -> Compiled:
     expected = explain(images, None)
-    model = copy.deepcopy(settings.model).to(dtype)
+    model = copied(settings.model, type(settings.model).__name__, "compiling").to(dtype)
     if last:
         model = model.to(memory_format=torch.channels_last)
     program = assemble(settings, plan, expected, images, asked.targets, asked.size, asked.all_classes, model, asked.fold)
@@ -123,8 +136,8 @@ def compile_program(
             f"torch.compile cannot compile the program of {type(settings.model).__name__}: {said(error)} Use "
             "explainer.program(images), which needs no compiler."
         ) from error
-    measured = _measure(found, expected)
-    if not measured.maps <= TOLERANCES[dtype]:
+    measured = _measure(found, expected, lambda classes: explain(images, classes))
+    if not max(measured.maps, measured.logits) <= TOLERANCES[dtype]:
         raise ExportError(
             f"The compiled program's maps are off by {measured.maps:.1e} (logits by {measured.logits:.1e}), relative; at most "
             f"{TOLERANCES[dtype]:.0e} is allowed for {dtype}. Use another dtype, or fold=False."
@@ -133,24 +146,25 @@ def compile_program(
     return compiled
 
 
-def _measure(found: Explained, expected: Any) -> Report:
-    """How far a program is from the explanation of the same images by their predicted classes."""
+def _measure(found: Explained, expected: Any, explain: Callable[[Tensor], Any]) -> Report:
+    """How far a program is from the explanation of the same images by their predicted classes, or by those of the program."""
     rows = torch.arange(len(expected.targets), device=expected.targets.device)
     raw, chosen = found.raw, found.targets
     if chosen.ndim == 2:  # all classes
         raw, chosen = raw[rows, expected.targets], found.logits.argmax(1)
     same = chosen == expected.targets
-    a, b = raw[same].double().flatten(1), expected.raw[same].double().flatten(1)
+    wanted = expected if bool(same.all()) else explain(chosen)
+    a, b = raw.double().flatten(1), wanted.raw.double().flatten(1)
     pairs = torch.stack((a, b), 1)
     centred = pairs - pairs.mean(2, keepdim=True)
     norms = centred.norm(dim=2)
     together = (centred[:, 0] * centred[:, 1]).sum(1) / norms.prod(1).clamp_min(1e-300)
-    # A map of one value has no correlation, and an image without a class of its own is not compared.
+    # A map of one value has no correlation.
     alive = together[(norms > 0).all(1)]
     return Report(
         images=len(rows),
         same_class=float(same.double().mean()),
         logits=off(found.logits, expected.logits),
-        maps=off(a, b) if len(a) else 0.0,
+        maps=off(a, b),
         correlation=float(alive.amin()) if len(alive) else 1.0,
     )

@@ -11,12 +11,13 @@ import copy
 import re
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +32,9 @@ from .folding import fold_batch_norms
 #: Torch's tracers are one for the whole process; two threads cannot trace at once.
 TRACING = threading.Lock()
 _EXAMPLE = 13
+
+Copied = TypeVar("Copied")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
             that it fixes. The message names the place.
     """
     specs: list[TreeSpec] = []
-    tapped = _Tapped(_shadow(model), layer, images_as, specs.append)
+    tapped = _Tapped(shadow(model, type(model).__name__), layer, images_as, specs.append)
     # A number that no other size is likely to have: where the batch equals one, torch may take them for the same.
     example = images[:1].detach().expand(_EXAMPLE, *images.shape[1:]).contiguous()
     try:
@@ -143,22 +147,64 @@ def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None], names: 
     return found
 
 
-def _shadow(model: nn.Module) -> nn.Module:
-    """A copy of the model's modules over the same tensors: tracing swaps them, which no other thread is to see."""
-    tensors = chain(model.parameters(), model.buffers())
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ExportError(
-            f"{type(model).__name__} cannot be copied ({error}), and tracing works on a copy. Give it a __deepcopy__."
-        ) from error
+@contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Without autocast, whose casts would stay in what is traced."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def shadow(model: ModuleT, name: str) -> ModuleT:
+    """A copy of the model's modules over the same tensors: tracing swaps them, which no other thread is to see.
+
+    Args:
+        model: any module.
+        name: as for :func:`copied`.
+
+    Raises:
+        ExportError: as there.
+    """
+    return copied(model, name, "tracing", {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def copied(held: Copied, name: str, what: str, memo: Mapping[int, Any] | None = None) -> Copied:
+    """A deep copy.
+
+    Args:
+        held: a model, or what holds one.
+        name: of the model, for the message.
+        what: is done with the copy, for the message.
+        memo: of :func:`copy.deepcopy`.
+
+    Raises:
+        ExportError: it cannot be copied.
+    """
+    for left in reversed(range(5)):
+        try:
+            return copy.deepcopy(held, dict(memo or {}))
+        except Exception as error:  # whatever the user's modules hold may raise
+            if left and isinstance(error, RuntimeError) and "during iteration" in str(error):
+                continue  # a thread that explains has set or taken its hook
+            raise ExportError(
+                f"{name} cannot be copied ({said(error)[:-1]}), and {what} works on a copy. Give what is in the way a "
+                "__deepcopy__, or take it out of the model."
+            ) from error
+    raise AssertionError("unreachable")
 
 
 def said(error: BaseException) -> str:
     """The first telling line of torch's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(".") + "."
+
+
+def operator_of(error: BaseException) -> str:
+    """Which operator of a graph an error came from, in words: " (in torch.ops.aten.view.default)"; or nothing."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        named = re.search(r"torch\.ops\.[\w.]+", frame.line or "") if frame.filename.startswith("<eval_with_key>") else None
+        if named is not None:
+            return f" (in {named[0]})"
+    return ""
 
 
 def place_of(error: BaseException) -> str:
@@ -212,7 +258,8 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> M
         if node is not output and any(argument in behind for argument in node.all_input_nodes):
             behind.add(node)
     read = {n for node in (*behind, output) for n in node.all_input_nodes if n not in behind} - {tapped, *names}
-    sides = [n for n in graph.nodes if n in read and isinstance(n.meta["val"], Tensor)]
+    # What is made of sizes alone (the first state of a recurrent network) the head makes itself, for as many rows as it has.
+    sides = [n for n in graph.nodes if n in read and isinstance(n.meta["val"], Tensor) and not _of_sizes(n)]
     batch = images.meta["val"].shape[0]
     if not any(str(n.meta["val"].shape[0]) == str(batch) for n in (tapped, *sides) if n.meta["val"].ndim):
         sides.append(images)  # whose number the head may want to know
@@ -221,6 +268,12 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> M
     whole, trunk = graph_of([images], given), graph_of([images], [tapped, *sides])
     head = graph_of([tapped, *sides], outputs)
     return ModelGraph(trunk, head, whole, constants, spec)
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    return node.target == torch.ops.aten.sym_size.int or all(map(_of_sizes, node.all_input_nodes))
 
 
 def _part(

@@ -54,7 +54,10 @@ class PooledProgram(Program):
         logits, output = self._run(images)
         chosen = self._targets(logits, targets)
         alpha, a = self._channel_weights(logits, self.layout.view(output), chosen)
-        return logits, chosen, _pooled(self.method.pooling, alpha, a)
+        # Behind the pooling, as in some runtimes the maximum of NaN and 0 is 0.
+        known = (chosen >= 0) & (chosen < logits.shape[1])
+        raw = torch.where(known[:, :, None], _pooled(self.method.pooling, alpha, a), float("nan"))
+        return logits, chosen, raw
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The logits [N, K] and the target layer's output."""
@@ -109,7 +112,6 @@ class PooledProgram(Program):
         else:
             base = background(self.baseline if self.baseline is not None else self._named_baseline, activations)
             start, a = F.linear(base.mean(2, dtype=wide), weight, bias), activations - base
-        known = (targets >= 0) & (targets < z.shape[1])
         safe = targets.clamp(0, z.shape[1] - 1)
         if self.method.order == 2 and self._rule is not None:
             on_class, on_vectors, vectors = self._integral(z, start, safe)
@@ -119,8 +121,7 @@ class PooledProgram(Program):
         one = isinstance(targets.shape[1], int) and targets.shape[1] == 1
         rest = on_vectors @ vectors @ weight if one else on_vectors @ (vectors @ weight)
         alpha = on_class[:, :, None] * weight[safe] + rest
-        alpha = torch.where(known[:, :, None], alpha / a.shape[2], float("nan"))
-        return alpha, a.to(reference.accumulator(a.dtype))
+        return alpha / a.shape[2], a.to(reference.accumulator(a.dtype))
 
     def _second_order(self, z: Tensor, z0: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients of ``u' - U''z₀/2`` (of u' at order 1): on e_c [N, M], on the vectors p, p·z₀ [N, M, 2], and these."""

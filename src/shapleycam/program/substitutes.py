@@ -1,20 +1,23 @@
 """Operators of a head that would not survive differentiation or export, and what runs in their place.
 
-They act before autograd sees an operator: torch's own derivatives of these (convolutions, normalisations, pads, pools, fused
-attention) are missing to the second order, or fix the number of images, or have no translation to ONNX. The substitutes compute
-the same values, from primitives whose derivatives have none of these faults.
+They act before autograd sees an operator: torch's own derivatives of these (convolutions, normalisations, pads, pools, resizes,
+fused attention, …) are missing to the second order, or fix the number of images, or have no translation to ONNX. The
+substitutes compute the same values, from primitives whose derivatives have none of these faults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import get_decompositions
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..model.double_backward import hardsigmoid, math_attention
+from .convolutions import constant_pad, conv, conv_transpose
 
 aten = torch.ops.aten
 
@@ -94,6 +97,94 @@ def _group_norm(
     )
 
 
+def _instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    own: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Tensor:
+    if not own and mean is not None and variance is not None:
+        return _batch_norm(x, weight, bias, mean, variance, momentum, eps)[0]
+    normed, shape = _standard(_wide(x), tuple(range(2, x.ndim)), eps), (-1, *[1] * (x.ndim - 2))
+    return _affine(normed, None if weight is None else weight.view(shape), None if bias is None else bias.view(shape)).to(
+        x.dtype
+    )
+
+
+def _variance(x: Tensor, dims: Sequence[int] | None, correction: float, keepdim: bool) -> Any:
+    dims = [dim % x.ndim for dim in (dims or range(x.ndim))]
+    if 0 in dims:  # over the images
+        return NotImplemented
+    count = prod(int(x.shape[dim]) for dim in dims)
+    centred = x - x.mean(dims, keepdim=True)
+    return (centred * centred).sum(dims, keepdim=keepdim) / max(count - correction, 0.0)
+
+
+def _var(
+    x: Tensor,
+    dims: Sequence[int] | None = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> Any:
+    return _variance(x, dims, float(unbiased) if correction is None else correction, keepdim)
+
+
+def _std(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    variance = _var(x, *args, **kwargs)
+    if variance is NotImplemented:
+        return NotImplemented
+    flat = variance == 0  # whose derivative is 0, as torch's is
+    return torch.where(flat, variance, torch.where(flat, 1.0, variance).sqrt())
+
+
+# --------------------------------------------------------------------------------------------------------------- resizes
+
+
+def _resize(operator: Any, rank: int) -> Callable[..., Tensor]:
+    """A resize as one product with a matrix for each dimension, which the operator itself tells."""
+
+    def run(x: Tensor, size: Sequence[int] | None, *rest: Any) -> Tensor:
+        *corners, factors = rest
+        for i in range(rank):
+            count, dim = int(x.shape[2 + i]), 2 + i - x.ndim
+            with _disable_current_modes():
+                unit = torch.eye(count, dtype=torch.float64).view(1, count, *[count if i == j else 1 for j in range(rank)])
+                to = None if size is None else [int(size[i]) if i == j else 1 for j in range(rank)]
+                by = None if factors is None else [factors[i] if i == j else 1.0 for j in range(rank)]
+                matrix = operator(unit, to, *corners, by).view(count, -1).tolist()
+            x = torch.matmul(x.movedim(dim, -1), x.new_tensor(matrix)).movedim(-1, dim)
+        return x
+
+    return run
+
+
+_RESIZES = {
+    "linear1d": 1,
+    "nearest1d": 1,
+    "bilinear2d": 2,
+    "bicubic2d": 2,
+    "nearest2d": 2,
+    "trilinear3d": 3,
+    "nearest3d": 3,
+}
+
+
+def _unfold(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int], stride: Sequence[int]) -> Any:
+    if x.ndim != 4:
+        return NotImplemented
+    height, width = kernel
+    pick = torch.eye(height * width, dtype=x.dtype, device=x.device).view(-1, 1, height, width)
+    channels = int(x.shape[1])
+    return conv(x, pick.repeat(channels, 1, 1, 1), None, stride, padding, dilation, channels).flatten(2)
+
+
 # ----------------------------------------------------------------------------------------------------------------- pools
 
 
@@ -131,32 +222,48 @@ def _avg_pool2d(
     kernel = [*kernel, *kernel][:2]
     channels = int(x.shape[1])
     weight = x.new_full((channels, 1, *kernel), 1 / (divisor or kernel[0] * kernel[1]))
-    return _conv(x, weight, None, list(stride) or kernel, list(padding), 1, channels)
+    return conv(x, weight, None, list(stride) or kernel, list(padding), 1, channels)
 
 
 def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     if mode != "constant":
         return NotImplemented
-    return _constant_pad(x, pad, value or 0.0)
+    return constant_pad(x, pad, value or 0.0)
 
 
-def _constant_pad(x: Tensor, pad: Sequence[int], value: float = 0.0) -> Tensor:
-    for i in range(0, len(pad), 2):
-        dim = x.ndim - 1 - i // 2
-        low, high = int(pad[i]), int(pad[i + 1])
-        if low < 0 or high < 0:
-            first, last = max(-low, 0), max(-high, 0)
-            x = x.narrow(dim, first, x.shape[dim] - first - last)
-        sides = [[*x.shape[:dim], max(width, 0), *x.shape[dim + 1 :]] for width in (low, high)]
-        parts = [x.new_full(sides[0], value)] if low > 0 else []
-        parts.append(x)
-        parts += [x.new_full(sides[1], value)] if high > 0 else []
-        x = torch.cat(parts, dim) if len(parts) > 1 else x
-    return x
+def _glu(x: Tensor, dim: int = -1) -> Tensor:
+    value, gate = x.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+def _abs(x: Tensor) -> Tensor:
+    return x * x.detach().sign()
+
+
+def _step(operator: Any) -> Callable[[Tensor], Tensor]:
+    """Of no slope: torch's zeros for it fix the number of images."""
+    return lambda x: operator(x.detach())
+
+
+def _bilinear(one: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _affine(torch.einsum("...i,oij,...j->...o", one, weight, other), None, bias)
 
 
 def _dropout(x: Tensor, p: float, train: bool) -> Any:
     return NotImplemented if train else x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """As one matrix product: of rows that lie in memory in another order torch makes many, each of which reads the weight."""
+    if x.ndim < 3:
+        return NotImplemented
+    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])  # a -1 would be a number that compilers do not take
+    rows: Tensor = aten.linear(flat, weight, bias)
+    return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _matmul(x: Tensor, other: Tensor) -> Any:
+    return _linear(x, other.t()) if other.ndim == 2 else NotImplemented
 
 
 def _view(x: Tensor, shape: Sequence[Any]) -> Tensor:
@@ -167,111 +274,11 @@ def _size(x: Tensor, dim: int) -> Any:
     return x.shape[dim]  # the operator fixes the number of images
 
 
-# ---------------------------------------------------------------------------------------------------------- convolutions
-
-
-@dataclass(frozen=True, slots=True)
-class _Kernel:
-    """A convolution without its bias, which is linear in its input; or its adjoint.
-
-    Attributes:
-        weight: [out, in / groups, *kernel], of the convolution.
-        size: of its input's positions.
-        adjoint: the map from outputs to inputs.
-    """
-
-    weight: Tensor
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-    size: list[int]
-    adjoint: bool = False
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        rank, weight = x.ndim - 2, self.weight
-        if not self.adjoint:
-            return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
-        reach = [d * (int(k) - 1) for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
-        around = [r - p for r, p in zip(reach, self.padding, strict=True)]
-        if all(s == 1 for s in self.stride) and all(width >= 0 for width in around):
-            # With the kernel flipped it is a convolution again, for which every runtime has its best code.
-            flipped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + rank)))
-            return aten.convolution(x, flipped, bias, self.stride, around, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
-        left = [
-            size - ((int(n) - 1) * s - 2 * p + r + 1)
-            for size, n, s, p, r in zip(self.size, x.shape[2:], self.stride, self.padding, reach, strict=True)
-        ]
-        return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, True, left, self.groups)  # type: ignore[no-any-return]
-
-
-class _Linear(torch.autograd.Function):
-    """A linear map whose gradient is its adjoint, whose gradient is the map: torch's own double backward fixes the batch."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, kernel: _Kernel) -> Tensor:  # type: ignore[override]
-        ctx.kernel = kernel
-        return kernel(x, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        kernel: _Kernel = ctx.kernel
-        return _Linear.apply(gradient, None, replace(kernel, adjoint=not kernel.adjoint)), None, None
-
-
-def _each(value: int | Sequence[int], rank: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * rank if len(values) == 1 else values
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Any:
-    rank = weight.ndim - 2
-    if x.ndim != weight.ndim:
-        return NotImplemented
-    dilation = _each(dilation, rank)
-    if isinstance(padding, str):
-        total = [d * (int(k) - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        padding = [t // 2 for t in total]
-        if any(t % 2 for t in total):
-            x = _constant_pad(x, [n for t in reversed(total) for n in (0, t % 2)])
-    size = [int(n) for n in x.shape[2:]]
-    return _Linear.apply(x, bias, _Kernel(weight, _each(stride, rank), _each(padding, rank), dilation, groups, size))
-
-
-def _conv_transpose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    dilation: int | Sequence[int] = 1,
-) -> Any:
-    rank = weight.ndim - 2
-    if x.ndim != weight.ndim:
-        return NotImplemented
-    stride, padding, dilation = _each(stride, rank), _each(padding, rank), _each(dilation, rank)
-    size = [
-        (int(n) - 1) * s - 2 * p + d * (int(k) - 1) + 1 + o
-        for n, s, p, d, k, o in zip(
-            x.shape[2:], stride, padding, dilation, weight.shape[2:], _each(output_padding, rank), strict=True
-        )
-    ]
-    return _Linear.apply(x, bias, _Kernel(weight, stride, padding, dilation, groups, size, adjoint=True))
-
-
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten.sym_size.int: _size,
     aten.view.default: _view,
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.layer_norm.default: _layer_norm,
     aten.native_layer_norm.default: _native_layer_norm,
@@ -282,17 +289,28 @@ SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten.adaptive_avg_pool3d.default: _adaptive_avg_pool,
     aten.avg_pool2d.default: _avg_pool2d,
     aten.pad.default: _pad,
-    aten.constant_pad_nd.default: _constant_pad,
+    aten.constant_pad_nd.default: constant_pad,
     aten.scaled_dot_product_attention.default: math_attention,
     aten.hardsigmoid.default: hardsigmoid,
+    aten.instance_norm.default: _instance_norm,
+    **dict.fromkeys((aten.var.default, aten.var.dim, aten.var.correction), _var),
+    **dict.fromkeys((aten.std.default, aten.std.dim, aten.std.correction), _std),
+    **{op.vec: _resize(op.vec, rank) for name, rank in _RESIZES.items() for op in [getattr(aten, f"upsample_{name}")]},
+    **{op.default: _step(op.default) for op in (aten.sign, aten.floor, aten.ceil, aten.round, aten.trunc)},
+    aten.abs.default: _abs,
+    aten.im2col.default: _unfold,
+    aten.glu.default: _glu,
+    aten.bilinear.default: _bilinear,
+    # Recurrent networks, unrolled.
+    **get_decompositions([aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input]),
     aten.dropout.default: _dropout,
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
-    aten.conv3d.default: _conv,
-    aten.conv1d.padding: _conv,
-    aten.conv2d.padding: _conv,
-    aten.conv3d.padding: _conv,
-    aten.conv_transpose1d.default: _conv_transpose,
-    aten.conv_transpose2d.input: _conv_transpose,
-    aten.conv_transpose3d.input: _conv_transpose,
+    aten.conv1d.default: conv,
+    aten.conv2d.default: conv,
+    aten.conv3d.default: conv,
+    aten.conv1d.padding: conv,
+    aten.conv2d.padding: conv,
+    aten.conv3d.padding: conv,
+    aten.conv_transpose1d.default: conv_transpose,
+    aten.conv_transpose2d.input: conv_transpose,
+    aten.conv_transpose3d.input: conv_transpose,
 }

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_unflatten
 
 from ..derivatives.path import background
@@ -20,9 +22,9 @@ from ..errors import ExportError, ShapleyCamError
 from ..model.layouts import Transformed
 from ..ops import reference
 from ..utilities.named import evaluate
-from .base import Program, Recipe
+from .base import Explained, Program, Recipe
 from .folding import bind
-from .graph import TRACING, ModelGraph, any_strides, place_of, said, tensors_of
+from .graph import TRACING, ModelGraph, any_strides, place_of, plainly, said, tensors_of
 from .substitutes import Smooth
 
 
@@ -54,6 +56,13 @@ class TracedProgram(Program):
             for name, tensor in graph.constants.items():
                 self.register_buffer(name, tensor, persistent=False)
         self.trunk, self.derivatives = trunk, derivatives
+
+    def explain(self, images: Tensor, targets: Tensor | None) -> Explained:
+        """As :meth:`Program.explain`; autocast, which would cast some of the operators and not what they meet, is left out."""
+        if not torch.is_autocast_enabled(images.device.type):
+            return super().explain(images, targets)
+        with plainly(images.device):
+            return super().explain(images, targets)
 
     def _tensors(self, names: Sequence[str]) -> list[Tensor]:
         """The weights as they are now; a parameter that was replaced is followed."""
@@ -112,6 +121,39 @@ def _start(a: Tensor, recipe: Recipe) -> Tensor:
     return base if layout.channels_dim == 1 else base.movedim(1, -1)
 
 
+class _FreeBatch(TorchDispatchMode):
+    """Sees which operator fixes the number of images; whoever called it is told by :meth:`check`, when C++ is left.
+
+    Args:
+        mode: of the fake tensors.
+        batch: their number of images.
+    """
+
+    def __init__(self, mode: FakeTensorMode, batch: torch.SymInt) -> None:
+        super().__init__()
+        self._mode, self._batch = mode, batch
+        self._fixed_by: Any = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._fixed_by is None and func.namespace != "prim" and self._fixed():  # by prim composite operators look around
+            self._fixed_by = func
+        return result
+
+    def _fixed(self) -> bool:
+        shapes = self._mode.shape_env
+        return shapes is not None and bool(shapes.replace(self._batch.node._expr).is_number)
+
+    def check(self, layer: str, error: Exception | None = None) -> None:
+        """Raise ExportError where the number of images is fixed by now; ``error`` is what came of it."""
+        if self._fixed_by is not None:
+            raise ExportError(
+                f"The derivatives of the head behind {layer!r} are for one number of images, as {self._fixed_by} fixes it. A "
+                "program takes any number: explain a layer behind that operator, or write it with others in the model. The "
+                "explainer itself works."
+            ) from error
+
+
 def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
     """(weights, A, sides, classes where they are given) -> (logits, classes, g or the path's integral, HA at order 2)."""
     head, utility = graph.head, recipe.utility
@@ -119,6 +161,11 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
     rule, second = recipe.rule, recipe.method.order == 2
     by_row = _by_row(graph)
     given = recipe.targets != "predicted"
+    fakes = list(head.fakes)
+    mode = detect_fake_mode(fakes)
+    batch = next(fake.shape[0] for fake, many in zip(head.inputs, by_row, strict=True) if many)
+    assert mode is not None and isinstance(batch, torch.SymInt)
+    free = _FreeBatch(mode, batch)
 
     def run(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Any, Tensor]:
         leaves = Smooth(head.module).run(*weights, *inputs)
@@ -142,7 +189,7 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
             copies = len(rule[0]) + 1
         beside = [torch.cat([side] * copies) if many else side for side, many in zip(sides, by_row[1:], strict=True)]
 
-        with torch.enable_grad():
+        with torch.enable_grad(), free:
             rows = rows.detach().requires_grad_(True)
             outputs, logits = run(weights, (rows, *beside))
             z = logits[: a.shape[0]].detach()
@@ -163,18 +210,17 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
             (hvp,) = torch.autograd.grad(g, rows, direction.detach(), allow_unused=True)
         return (z, chosen, g.detach()) if hvp is None else (z, chosen, g.detach(), hvp)
 
-    fakes = list(head.fakes)
-    mode = detect_fake_mode(fakes)
-    assert mode is not None
     mode.cache_enabled = False  # with a symbolic batch its entries cost more than they save
     with TRACING, torch.no_grad(), mode:
         if given:
             fakes.append(torch.full((head.fakes[count].shape[0],), -1, dtype=torch.int64, device=head.fakes[count].device))
         try:
             made = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+            free.check(recipe.layer)
         except (ShapleyCamError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever an operator's derivative or a user's utility raises on tensors without values
+            free.check(recipe.layer, error)
             raise ExportError(
                 f"The derivatives of the head behind {recipe.layer!r} cannot be traced{place_of(error)}: {said(error)}"
             ) from error

@@ -30,7 +30,7 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, exported: ExportedProgram, path: Path, metadata: Metadata, opset: int | None) -> None:
-        """Make the file, without its metadata (which follow when it was checked).
+        """Make the file, without its metadata (which follow when it was checked). One thread at a time does that.
 
         Raises:
             ExportError: what the format has not.
@@ -49,5 +49,5 @@ class Format(ABC):
         """
 
     def packages(self) -> tuple[str, ...]:
-        """Whose versions the metadata has, besides torch's."""
+        """What writing it needs besides torch."""
         return ()

@@ -36,7 +36,7 @@ class Onnx(Format):
     METADATA, SEAL = "shapleycam", "shapleycam.sha256"
 
     def packages(self) -> tuple[str, ...]:
-        return ("onnx", "onnxscript", "onnxruntime")
+        return ("onnx", "onnxscript")
 
     def write(self, exported: ExportedProgram, path: Path, metadata: Metadata, opset: int | None) -> None:
         onnx = need("onnx", "export")
@@ -55,7 +55,10 @@ class Onnx(Format):
                 assert program is not None
                 model = program.model_proto
         except Exception as error:
-            raise ExportError(f"The model has no ONNX form at opset {opset or OPSET}: {said(_root(error))}.") from error
+            raise ExportError(
+                f"The model has no ONNX form at opset {opset or OPSET}: {said(_root(error))}. Formats 'pt2' and 'aoti' have "
+                "all operators of PyTorch; or explain a layer behind the one that is missing."
+            ) from error
         wanted, got = opset or OPSET, next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
         if got != wanted:
             raise ExportError(f"The model has no ONNX form at opset {wanted}: the exporter gave opset {got}.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ...errors import ExportError, InputError
+from ...program.graph import TRACING
 from ..metadata import Metadata
 from ..tracing import said
 from .base import Format, Run
@@ -37,7 +38,8 @@ class Pt2(Format):
 
     def open(self, path: Path, metadata: Metadata, runtime: str) -> Run:
         try:
-            module = torch.export.load(path).module()
+            with TRACING:
+                module = torch.export.load(path).module()
         except Exception as error:
             raise InputError(f"PyTorch {torch.__version__} does not load {path}: {said(error)}.") from error
 
