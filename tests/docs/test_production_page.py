@@ -246,7 +246,7 @@ print(check(yaml.safe_load(open(sys.argv[1])), "V1beta1InferenceService"))
     assert int(done.stdout) > 30  # fields that were looked up
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_steps_of_the_dockerfile_serve(tmp_path: Path) -> None:
     """RUN, COPY and CMD, in an environment beside this one, which has the packages that pip would fetch."""
     steps = re.sub(r"\\\n", "", (ROOT / "examples" / "serve" / "Dockerfile").read_text())

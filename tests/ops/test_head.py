@@ -189,7 +189,7 @@ def test_class_maps_have_the_same_bits_every_time(backend, shape, grid, m, last)
     """Of several pieces of the channels and several classes, of a map too large for a block, and of one dimension."""
     n, c, s = shape
     a = draw(n, s, c).transpose(1, 2) if last else draw(n, c, s)
-    alpha, size = draw(n, m, c, seed=1), [2 * g + 2 for g in grid]
+    alpha, size = draw(n, m, c, seed=1), [2 * g + 2 if s < 4096 else g for g in grid]  # the interpreter is slow
     raw, maps = ops.class_maps(a, alpha, grid, size, backend=backend)
     close(raw, ops.channel_weighted_sum(a.double(), alpha.double(), backend="torch"), torch.float32)
     shown = ops.display_map(raw.flatten(0, 1).unflatten(1, grid), size, backend="torch").reshape(maps.shape)

@@ -45,7 +45,8 @@ def test_json_and_what_cannot_be(capfd):
 def test_other_ways_to_the_same_maps(capfd):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert run([*QUICK, "--batch", "1", "--mode", "captured,exported", "--json"]) == 0
+    quick = ["resnet18" if word == "mobilenet_v3_small" else word for word in QUICK]
+    assert run([*quick, "--batch", "1", "--mode", "captured,exported", "--json"]) == 0
     out, err = capfd.readouterr()
     rows = json.loads(out)["rows"]
     assert [row["case"]["mode"] for row in rows] == ["captured", "exported"], err
