@@ -1,7 +1,9 @@
 """Traced programs against their explainers and torch's own Hessian-vector product, in float64, and through torch.export."""
 
 import copy
+import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import nn
 from shapleycam import UTILITIES, Explainer, ExportError, Layout, ModelStateError
 from shapleycam.objectives import SegmentationScore
 from shapleycam.program import traced
+from shapleycam.program.build import off
 
-from ..helpers import Split, small_heads
+from ..helpers import Split, network, small_heads
 
 HEADS = [name for name in small_heads() if name != "pool-linear"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
@@ -168,6 +171,9 @@ def awkward() -> dict[str, tuple[nn.Module, ...]]:
         "bilinear-factor": (nn.Upsample(scale_factor=1.7, mode="bilinear", recompute_scale_factor=False), *pooled),
         "bicubic": (nn.Upsample(size=(3, 7), mode="bicubic"), *pooled),
         "nearest": (nn.Upsample(size=(6, 9)), *pooled),
+        "nearest-exact": (nn.Upsample(size=(7, 5), mode="nearest-exact"), *pooled),
+        "antialias": (Apply(lambda a: functional.interpolate(a, (3, 2), mode="bicubic", antialias=True)), *pooled),
+        "sgn": (Apply(lambda a: (a.sgn() * a.exp()).mean((2, 3))),),
         "instance": (nn.InstanceNorm2d(6, affine=True), *pooled),
         "instance-statistics": (statistics, *pooled),
         "glu": (nn.GLU(1), nn.Conv2d(3, 6, 1), *pooled),
@@ -199,6 +205,60 @@ def test_operators_that_fix_the_number_of_images(head):
     torch.testing.assert_close(found.logits, expected.logits, **TIGHT)
 
 
+def test_a_deviation_of_zero_is_as_nan_as_the_explainer_s():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), Apply(lambda a: a.std(1).flatten(1)), nn.Linear(16, 5))
+    model, x = model.eval().double(), images()
+    flat = x.clone()
+    flat[1, :, 0] = 0
+    for method, lost in (("shapleycam-h", [False, True]), ("hirescam", [False, False])):
+        explainer = Explainer(model, "1", method, layout=Layout("NCHW", (4, 4)), backend="torch")
+        program = explainer.program(x[:2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = explainer(flat[:2], program(flat[:2]).targets)
+        found = program(flat[:2]).raw
+        assert found.isnan().flatten(1).any(1).tolist() == expected.raw.isnan().flatten(1).any(1).tolist() == lost
+        torch.testing.assert_close(found[~torch.tensor(lost)], expected.raw[~torch.tensor(lost)], **TIGHT)
+
+
+def test_programs_are_made_in_several_threads():
+    """What one thread does to tensors without values must not land with the tracer of another."""
+    before, wrong = sys.getswitchinterval(), []
+
+    def make():
+        try:
+            model = network(curved=True).double()
+            explainer = Explainer(model, "2", layout=Layout("NCHW", (4, 4)), backend="torch")
+            x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            for _ in range(2):
+                program = explainer.program(x)
+            torch.testing.assert_close(program(x).raw, explainer(x).raw, **TIGHT)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    try:
+        sys.setswitchinterval(1e-5)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_hides_no_error(odd):
+    expected = torch.tensor([[1.0, 2.0, odd], [3.0, 4.0, 5.0]])
+    assert off(expected.clone(), expected) == 0
+    for column, value, error in ((1, 2.1, 0.05), (2, 7.0, float("inf")), (2, 0.0 if odd != odd else -odd, float("inf"))):
+        got = expected.clone()
+        got[0, column] = value
+        assert off(got, expected) == pytest.approx(error)
+
+
 class Attends(nn.MultiheadAttention):
     def forward(self, a):
         tokens = a.flatten(2).transpose(1, 2)
@@ -217,11 +277,9 @@ def test_a_linear_layer_is_one_product():
 
 
 def test_an_operator_without_a_substitute_is_named():
-    resize = Apply(lambda a: nn.functional.interpolate(a, size=(3, 3), mode="bilinear", antialias=True))
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), resize, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
-    with pytest.raises(
-        ExportError, match=r"one number of images, as aten._upsample_bilinear2d_aa\S* fixes it.*explain a layer behind"
-    ):
+    fold = Apply(lambda a: nn.functional.fold(a.flatten(2).tanh(), (3, 3), (2, 2), padding=1))
+    model = nn.Sequential(nn.Conv2d(3, 24, 1), fold, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    with pytest.raises(ExportError, match=r"one number of images, as aten.col2im\S* fixes it.*explain a layer behind"):
         Explainer(model.eval().double(), "0", layout=Layout("NCHW", (4, 4))).program(images())
 
 

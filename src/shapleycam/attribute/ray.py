@@ -1,4 +1,4 @@
-"""The data-set job on a Ray cluster: the same worker class in actors; scheduling, retries and lost nodes are Ray's.
+"""The data-set job on a Ray cluster: the same worker class in actors; where actors run, and that they are gone, Ray knows.
 
 The source and the result's folder must be reachable from every node under the same names.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def on_ray(
         JobError: Ray gave up on a shard.
         ShapleyCamError: what a worker raised.
     """
-    ray, pools = need("ray", "ray"), need("ray.util", "ray")
+    ray = need("ray", "ray")
     ours = not ray.is_initialized()
     if ours:
         try:
@@ -64,20 +65,43 @@ def on_ray(
         # By value what the script that is run defines itself, such as a model's class, which no other process can import.
         packed = work.packed(need("ray.cloudpickle", "ray"))
         options: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": min(threads, max(there // count, 1))}
-        remote = ray.remote(**options, max_restarts=-1, max_task_retries=_RETRIES)(_Actor)
+        remote = ray.remote(**options)(_Actor)
         content = ray.put(packed)
-        actors = [remote.remote(content, "cuda" if on_gpu else "cpu", threads) for _ in range(min(count, len(shards)))]
-        pool = pools.ActorPool(actors)
-        for shard in shards:
-            pool.submit(lambda actor, k: actor.run.remote(k), shard)
-        while pool.has_next():
+        # A shard goes to an actor that has answered: one that replaces a lost one may wait long for a place.
+        waiting = deque(shards)
+        idle: list[Any] = []
+        running: dict[Any, tuple[Any, int | None]] = {}
+
+        def hire() -> None:
+            actors.append(remote.remote(content, "cuda" if on_gpu else "cpu", threads))
+            running[actors[-1].ready.remote()] = actors[-1], None
+
+        for _ in range(min(count, len(shards))):
+            hire()
+        tries: Counter[int | None] = Counter()
+        while waiting or any(shard is not None for _, shard in running.values()):
             if stop.is_set():
                 raise Stopped
-            try:
-                part: Part = pool.get_next_unordered(timeout=_TICK)
-            except TimeoutError:
-                continue
-            yield part
+            for done in ray.wait(list(running), timeout=_TICK)[0]:
+                actor, shard = running.pop(done)
+                try:
+                    part: Part | None = ray.get(done)
+                except ray.exceptions.RayActorError as error:
+                    tries[shard] += 1
+                    if tries[shard] > (_RETRIES if shard is not None else _RETRIES * count):
+                        raise JobError(f"Ray gave up: {error}") from error
+                    actors.remove(actor)
+                    ray.kill(actor)
+                    hire()
+                    if shard is not None:
+                        waiting.append(shard)
+                    continue
+                idle.append(actor)
+                if part is not None:
+                    yield part
+            while waiting and idle:
+                actor, shard = idle.pop(), waiting.popleft()
+                running[actor.run.remote(shard)] = actor, shard
     except ShapleyCamError as error:
         raise getattr(error, "cause", error) from None  # Ray's own class around it has its traceback as a text
     except ray.exceptions.RayError as error:
@@ -97,6 +121,9 @@ class _Actor:
         torch.set_num_threads(threads)
         self._work: Work = torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
         self._runner: ShardRunner | None = None
+
+    def ready(self) -> None:
+        """Answers once the actor has its place."""
 
     def run(self, shard: int) -> Part:
         if self._runner is None:  # not in the constructor, whose errors lose their class on the way

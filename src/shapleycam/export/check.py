@@ -16,6 +16,7 @@ from ..explainer import Explainer
 from ..model.capture import tensor_of
 from ..ops import reference
 from ..ops.display_map import EPS_DISPLAY
+from ..program.build import off
 from ..program.graph import TRACING, copied
 from .formats import Run
 from .metadata import Metadata
@@ -224,14 +225,6 @@ def near_best(logits: Tensor, expected: Tensor, tolerance: float) -> None:
     taken = expected.gather(1, logits.argmax(1, keepdim=True))[:, 0]
     if not bool((best - taken <= 2 * tolerance * expected.abs().amax(1)).all()):
         raise ExportError(f"The artefact predicts {logits.argmax(1).tolist()}, the model {expected.argmax(1).tolist()}.")
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of rows [N, ...], relative to the row's largest value; infinite where NaN differ."""
-    if found.shape != expected.shape or not torch.equal(found.isnan(), expected.isnan()):
-        return float("inf")
-    difference = (found.double() - expected.double()).nan_to_num(0.0).flatten(1).abs().amax(1)
-    return float((difference / expected.double().nan_to_num(0.0).flatten(1).abs().amax(1).clamp_min(1e-30)).amax())
 
 
 def off_display(found: Tensor, raw: Tensor, size: Sequence[int]) -> tuple[float, float]:

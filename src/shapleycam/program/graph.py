@@ -132,7 +132,8 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
             f"{type(model).__name__} cannot be traced to a graph{place_of(error)}: {said(error)} A program needs a forward "
             "pass without decisions on the values of tensors, for any number of images (x.shape[0], not len(x))."
         ) from error
-    return _cut(program, specs[-1], fold)
+    with TRACING:  # what is done to the sizes of fake tensors lands with any tracer of the process
+        return _cut(program, specs[-1], fold)
 
 
 def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None], names: Sequence[str]) -> list[Tensor]:

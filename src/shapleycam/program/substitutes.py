@@ -140,8 +140,8 @@ def _std(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     variance = _var(x, *args, **kwargs)
     if variance is NotImplemented:
         return NotImplemented
-    flat = variance == 0  # whose derivative is 0, as torch's is
-    return torch.where(flat, variance, torch.where(flat, 1.0, variance).sqrt())
+    flat = variance == 0  # where torch's first derivative is 0 and its second is NaN, as those of this power
+    return torch.where(flat, variance.pow(1.5), torch.where(flat, 1.0, variance).sqrt())
 
 
 # --------------------------------------------------------------------------------------------------------------- resizes
@@ -155,9 +155,11 @@ def _resize(operator: Any, rank: int) -> Callable[..., Tensor]:
         for i in range(rank):
             count, dim = int(x.shape[2 + i]), 2 + i - x.ndim
             with _disable_current_modes():
-                unit = torch.eye(count, dtype=torch.float64).view(1, count, *[count if i == j else 1 for j in range(rank)])
-                to = None if size is None else [int(size[i]) if i == j else 1 for j in range(rank)]
-                by = None if factors is None else [factors[i] if i == j else 1.0 for j in range(rank)]
+                # Always along the last dimension: torch 2.14 resizes pictures of width 1 wrongly with antialiasing.
+                ones = [1] * (rank - 1)
+                unit = torch.eye(count, dtype=torch.float64).view(1, count, *ones, count)
+                to = None if size is None else [*ones, int(size[i])]
+                by = None if factors is None else [*map(float, ones), factors[i]]
                 matrix = operator(unit, to, *corners, by).view(count, -1).tolist()
             x = torch.matmul(x.movedim(dim, -1), x.new_tensor(matrix)).movedim(-1, dim)
         return x
@@ -166,13 +168,18 @@ def _resize(operator: Any, rank: int) -> Callable[..., Tensor]:
 
 
 _RESIZES = {
-    "linear1d": 1,
-    "nearest1d": 1,
-    "bilinear2d": 2,
-    "bicubic2d": 2,
-    "nearest2d": 2,
-    "trilinear3d": 3,
-    "nearest3d": 3,
+    "upsample_linear1d": 1,
+    "upsample_nearest1d": 1,
+    "_upsample_nearest_exact1d": 1,
+    "upsample_bilinear2d": 2,
+    "upsample_bicubic2d": 2,
+    "_upsample_bilinear2d_aa": 2,
+    "_upsample_bicubic2d_aa": 2,
+    "upsample_nearest2d": 2,
+    "_upsample_nearest_exact2d": 2,
+    "upsample_trilinear3d": 3,
+    "upsample_nearest3d": 3,
+    "_upsample_nearest_exact3d": 3,
 }
 
 
@@ -295,8 +302,8 @@ SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten.instance_norm.default: _instance_norm,
     **dict.fromkeys((aten.var.default, aten.var.dim, aten.var.correction), _var),
     **dict.fromkeys((aten.std.default, aten.std.dim, aten.std.correction), _std),
-    **{op.vec: _resize(op.vec, rank) for name, rank in _RESIZES.items() for op in [getattr(aten, f"upsample_{name}")]},
-    **{op.default: _step(op.default) for op in (aten.sign, aten.floor, aten.ceil, aten.round, aten.trunc)},
+    **{op.vec: _resize(op.vec, rank) for name, rank in _RESIZES.items() for op in [getattr(aten, name)]},
+    **{op.default: _step(op.default) for op in (aten.sign, aten.sgn, aten.floor, aten.ceil, aten.round, aten.trunc)},
     aten.abs.default: _abs,
     aten.im2col.default: _unfold,
     aten.glu.default: _glu,
