@@ -108,9 +108,9 @@ def test_slow_headers_behind_a_request_are_cut_off(one: Known) -> None:
         found.model.open.set()
 
 
-def test_requests_may_follow_one_another_but_not_without_end(one: Known) -> None:
+def test_requests_may_follow_one_another_but_not_without_end(one: Known, caplog: pytest.LogCaptureFixture) -> None:
     probe = b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
-    with live() as found:
+    with live() as found, caplog.at_level("INFO"):
         sock = waiting(found, one.data)
         sock.sendall(3 * probe + probe.replace(b"Host: x", b"Connection: close"))
         found.model.open.set()
@@ -119,6 +119,8 @@ def test_requests_may_follow_one_another_but_not_without_end(one: Known) -> None
         sock.sendall(1000 * probe)
         assert closed(sock) == b""
         found.model.open.set()
+        until(lambda: not found.uvicorn.server_state.tasks)
+    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR] == []
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /", POST + b"Content-Length: 5000\r\n\r\nx"], ids=["idle", "headers", "body"])
@@ -149,7 +151,9 @@ def head(sock: socket.socket) -> bytes:
     """The head of an answer whose body is short."""
     got = b""
     while b"\r\n\r\n" not in got:
-        got += sock.recv(65536)
+        part = sock.recv(65536)
+        assert part, f"it was closed after {got!r}"
+        got += part
     return got
 
 
@@ -223,12 +227,12 @@ def test_an_answer_that_is_not_taken_in_time_is_dropped(side: int, one: Known, c
 
 def test_a_client_that_goes_away_after_two_requests_is_no_error(one: Known, caplog: pytest.LogCaptureFixture) -> None:
     with live() as found, caplog.at_level("INFO"):
-        sock = waiting(found, one.data)
-        sock.sendall(request(one.data))
+        sock = connect(found, SO_RCVBUF=4096)
+        sock.sendall(request(one.data, "return=npy&size=2048") + request(one.data))
+        assert sock.recv(12) == b"HTTP/1.1 200"
         until(lambda: any(state.pipeline for state in states(found)))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # so that writing fails at once
         sock.close()
-        found.model.open.set()
         until(lambda: not states(found) and not found.uvicorn.server_state.tasks)
         assert found.server.services["tiny"].held == 0
     assert complaints(caplog) == []
