@@ -221,6 +221,7 @@ class _Exchange:
                 while body:
                     await self._send({**message, "body": body[:_PART], "more_body": True})
                     body = body[_PART:]
+                    await asyncio.sleep(0)  # for others, and to learn that the client is gone
                 # An empty part is the last, as each waits until the one before it is handed to the system.
                 await self._send({**message, "body": b""} if "body" in message else message)
         except TimeoutError:
