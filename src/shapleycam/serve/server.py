@@ -127,11 +127,14 @@ class Server:
         allowed = self.config.limits.request_time
         allowed = allowed if timeout is None else min(timeout, allowed)
         futures = service.submit(images, questions, allowed)
+        until = time.monotonic() + allowed  # after their own deadline, so that what is dropped is too late, and not cancelled
         answers: asyncio.Future[list[Answer]] = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         gone = asyncio.ensure_future(_gone(request))
         try:
             both: set[asyncio.Future[Any]] = {answers, gone}
-            done, _ = await asyncio.wait(both, timeout=allowed, return_when=asyncio.FIRST_COMPLETED)
+            done: set[asyncio.Future[Any]] = set()
+            while not done and (left := until - time.monotonic()) > 0:  # uvloop's clock is late, and a wait may end early
+                done, _ = await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if answers in done:
                 for n, answer in enumerate(answers.result()):
                     _check_finite(n, answer)
