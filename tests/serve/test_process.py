@@ -125,14 +125,18 @@ def test_what_is_not_done_within_the_grace_time_is_dropped_and_said(start: Any, 
 
 
 @pytest.mark.slow
-def test_a_decoder_that_hangs_does_not_keep_the_process(start: Any) -> None:
-    process = start(grace=1.0, HANG="1")
+@pytest.mark.parametrize("died", [False, True])
+def test_a_decoder_that_hangs_does_not_keep_the_process(start: Any, died: bool) -> None:
+    process = start(grace=1.0)
     with ThreadPoolExecutor(1) as pool:
-        stuck = pool.submit(CLIENT.post, f"{process.url}/v1/explain", content=known(0).data)
+        stuck = pool.submit(CLIENT.post, f"{process.url}/v1/explain", content=known(0).data + b"HANG")
         while CLIENT.get(f"{process.url}/metrics").text.find('shapleycam_queue_requests{model="tiny"} 1.0') < 0:
             time.sleep(0.02)
-        process.popen.send_signal(signal.SIGTERM)
-        assert process.popen.wait(15) == 1
+        if died:
+            CLIENT.post(f"{process.url}/v1/explain", content=encoded(with_corner(pixels(0), KILLER)))
+        else:
+            process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(60) == (70 if died else 1)
         with contextlib.suppress(httpx.TransportError):  # cut off
             assert stuck.result().status_code >= 500
     assert process.group() == [] and [line["event"] for line in process.lines()][-1] == "stopped"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import (
@@ -33,6 +34,7 @@ def no_crash(context: Any, response: Any, case: Any) -> None:
 CHECKS = [no_crash, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
+@pytest.mark.filterwarnings("ignore::shapleycam.ShapleyCamWarning")  # of what is asked, which the server logs
 @schema.parametrize()
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_the_document_allows_is_answered_as_it_says(case: Any, shared: Live) -> None:

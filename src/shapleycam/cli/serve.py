@@ -61,7 +61,7 @@ def run_serve(told: ServerConfig, log_level: str, notes: Console) -> int:
     for module in ("fastapi", "uvicorn", "httptools", "prometheus_client", "python_multipart"):
         need(module, "serve")
     from ..serve.logs import set_up
-    from ..serve.run import UNFINISHED, serve
+    from ..serve.run import serve
 
     if told.host not in ("127.0.0.1", "::1", "localhost") and told.token is None:
         notes.print(f"[yellow]warning:[/] {told.host} can be reached by others, and no token is asked of them (--token-file).")
@@ -69,7 +69,7 @@ def run_serve(told: ServerConfig, log_level: str, notes: Console) -> int:
         notes.print(f"shapleycam serves {', '.join(told.models)} at http://{told.host}:{told.port}/ — Ctrl-C ends it")
     set_up(log_level)
     status = serve(told)
-    if status == UNFINISHED:  # Python would wait for a decoder that hangs, in spite of the grace time
+    if status:  # a decoder may hang, and Python would wait for it
         logging.shutdown()
         os._exit(status)
     return status

@@ -80,15 +80,16 @@ class Guard:
         try:
             body = await self._read(exchange, receive, hold)
             await self._app(scope, _replay(body, receive), exchange.send)
-        except Disconnected:
-            exchange.status = exchange.status or 499
         except Exception as error:
-            told = verdict(error)
-            if told.kind in ("internal", "model"):
-                log("failed", error=error, request_id=exchange.id)
-            if not exchange.status:
-                with contextlib.suppress(Disconnected):
-                    await self._refuse(exchange, told, receive)
+            if isinstance(error, Disconnected):
+                exchange.status = 499
+            if exchange.status != 499:  # Starlette makes another error of Disconnected where the answer has begun
+                told = verdict(error)
+                if told.kind in ("internal", "model"):
+                    log("failed", error=error, request_id=exchange.id)
+                if not exchange.status:
+                    with contextlib.suppress(Disconnected):
+                        await self._refuse(exchange, told, receive)
         finally:
             self._held -= exchange.held
             self._account(exchange)
@@ -217,11 +218,14 @@ class _Exchange:
         try:
             async with asyncio.timeout_at(self._until):
                 body = memoryview(message.get("body", b""))
-                while len(body) > _PART:
+                while body:
                     await self._send({**message, "body": body[:_PART], "more_body": True})
                     body = body[_PART:]
-                await self._send({**message, "body": body} if body else message)
+                    await asyncio.sleep(0)  # for others, and to learn that the client is gone
+                # An empty part is the last, as each waits until the one before it is handed to the system.
+                await self._send({**message, "body": b""} if "body" in message else message)
         except TimeoutError:
+            self.status = 499
             self.scope.get("shapleycam.abort", lambda: None)()  # or the connection would wait for ever to be rid of the rest
             raise Disconnected("The client did not take its answer in time.") from None
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import DerivativeError, ShapleyCamError
 from .batching import DeadlinePassed, OutOfMemory, Overloaded, Stopped
 from .pictures import BadImage
+
+_MOST_BRACKETS = 1_000_000  # 16 instances of [224, 224, 3] have 0.8 million
 
 
 class Refusal(ShapleyCamError):
@@ -32,6 +35,23 @@ def check_instances(count: int, most: int) -> None:
     """
     if count > most:
         raise Refusal(413, "instances", f"At most {most} images are taken in one request, got {count}.")
+
+
+def read_json(body: bytes) -> Any:
+    """A request's JSON.
+
+    Raises:
+        Refusal: 400, it is none; 413, it has too many lists and objects.
+    """
+    # Python reads JSON in one go, in which no other thread runs, the event loop neither, and these take longest.
+    if body.count(b"[") + body.count(b"{") > _MOST_BRACKETS:
+        raise Refusal(
+            413, "json", f"At most {_MOST_BRACKETS} lists and objects are taken in JSON: send pictures, or binary tensors."
+        )
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise Refusal(400, "json", "The body is no JSON, or does not begin with it.") from error
 
 
 class Disconnected(ShapleyCamError):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
+import socket
 import threading
 import time
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from ..errors import InputError, ShapleyCamError
 from ..model.zoo import DEFAULT_MODEL, load_classifier, pick_device
@@ -82,11 +85,14 @@ def serve(config: ServerConfig) -> int:
     dies, the status is 70, so that whoever started the process starts another.
 
     Raises:
-        ShapleyCamError: a model cannot be loaded, or the address cannot be had.
+        ShapleyCamError: a model cannot be loaded, the address cannot be had, or uvicorn is another than is needed.
     """
+    asyncio.run(check_uvicorn())
     ended = _End(config)
     server = Server(config, {name: load_runtime(told) for name, told in config.models.items()}, on_death=ended.died)
     app = create_app(server, manage=False)
+    gc.collect()
+    gc.freeze()  # or every collection, as while a large JSON is read, goes through all of torch and holds all threads
     ended.server, ended.uvicorn = server, _Uvicorn(settings(app, config), ended)
     server.start()
     try:
@@ -118,6 +124,34 @@ def settings(app: Any, config: ServerConfig) -> uvicorn.Config:
         timeout_graceful_shutdown=max(1, round(config.grace)),
         backlog=1024,
     )
+
+
+async def check_uvicorn() -> None:
+    """Have two requests answered by :class:`BoundedProtocol`, which is made of more than uvicorn promises to keep.
+
+    Raises:
+        InputError: they are not.
+    """
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    client, server = socket.socketpair()
+    protocol = BoundedProtocol(settings(app, ServerConfig()), ServerState(), {})
+    reader, writer = await asyncio.open_connection(sock=client)
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, server)
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    try:
+        got = await asyncio.wait_for(reader.read(), 30)
+    except TimeoutError:
+        got = b""
+    writer.close()
+    if got.count(b"HTTP/1.1 200 OK") != 2:
+        raise InputError(f"This server does not work with uvicorn {uvicorn.__version__}: pip install 'shapleycam[serve]'.")
 
 
 class _End:
@@ -183,18 +217,21 @@ class _Uvicorn(uvicorn.Server):
 class BoundedProtocol(HttpToolsProtocol):
     """HTTP/1.1 of which a client cannot have more than its share.
 
-    A request's headers, also of one that follows another before its answer, arrive within ``header_time`` seconds and 64 KiB;
-    uvicorn itself waits for ever. Of more connections than allowed the one that waits longest for its client is closed, where
-    uvicorn's own limit would refuse requests, those of the probes too.
+    A request's headers, also of one that follows another before its answer, arrive within ``header_time`` seconds and 64 KiB,
+    and so large may trailers be; uvicorn itself waits for ever, and takes all. Of more connections than allowed the one that
+    waits longest for its client is closed, where uvicorn's own limit would refuse requests, those of the probes too; and while
+    there are as many as allowed, an answer is a connection's last.
     """
 
     limits = Limits()
     _late: asyncio.TimerHandle | None = None  # runs while headers are expected
-    _early = 0  # bytes that came meanwhile
+    _early = 0  # bytes since the last headers or the last piece of a body
     _since = 0.0  # when the connection was last of use; not by uvloop's clock, which stands still within a turn
+    _cycles: tuple[RequestResponseCycle, ...] = ()  # not answered; uvicorn forgets the one that runs when another follows it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See :class:`asyncio.Protocol`."""
+        transport.set_write_buffer_limits(0)  # what waits to be sent waits in the answer, whose time is limited
         super().connection_made(transport)
         self._since = time.monotonic()
         self._expect()
@@ -208,6 +245,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """See :class:`asyncio.Protocol`."""
         self._arrived()
         super().connection_lost(exc)
+        self._disconnect()
 
     def data_received(self, data: bytes) -> None:
         """See :class:`asyncio.Protocol`."""
@@ -215,7 +253,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._expect()
         self._early += len(data)
         super().data_received(data)
-        if self._late is not None and self._early > _MOST_HEADERS:
+        if self._early > _MOST_HEADERS:
             self._drop()
 
     def on_message_begin(self) -> None:
@@ -227,11 +265,21 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See httptools."""
         self._arrived()
-        self.scope["shapleycam.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self._since = time.monotonic()
+        self.scope["shapleycam.abort"] = self._drop  # type: ignore[typeddict-unknown-key]
         if len(self.pipeline) >= _PIPELINED:
             self._drop()
-        if not self.transport.is_closing():
-            super().on_headers_complete()
+        if self.transport.is_closing():
+            return
+        super().on_headers_complete()
+        self._cycles = (*(one for one in self._cycles if not one.response_complete), self.cycle)
+        if len(self.connections) >= self.limits.connections:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        self._early = 0
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
@@ -250,6 +298,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._late = self.loop.call_later(self.limits.header_time, self._drop)
 
     def _arrived(self) -> None:
+        self._early = 0
         if self._late is not None:
             self._late.cancel()
             self._late = None
@@ -257,3 +306,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def _drop(self) -> None:
         self._arrived()
         self.transport.abort()
+        self._disconnect()  # at once, or what ends now is an error to uvicorn
+
+    def _disconnect(self) -> None:
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()

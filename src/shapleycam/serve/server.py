@@ -42,7 +42,8 @@ class Server:
         self.config, self.metrics = config, Metrics()
         self.draining = False
         self.services = {name: self._service(name, runtime, on_death) for name, runtime in runtimes.items()}
-        self._aside = ThreadPoolExecutor(2, thread_name_prefix="shapleycam-aside")
+        # One thread each, so that no answer waits behind JSON that takes long to read.
+        self._aside = {stage: ThreadPoolExecutor(1, thread_name_prefix=f"shapleycam-{stage}") for stage in ("parse", "draw")}
         self.metrics.follow(
             self.ready,
             lambda: [
@@ -79,7 +80,8 @@ class Server:
         self.draining = True
         until = time.monotonic() + timeout
         finished = [one.stop(max(until - time.monotonic(), 0.0)) for one in self.services.values()]
-        self._aside.shutdown(wait=False, cancel_futures=True)
+        for pool in self._aside.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         return all(finished)
 
     def ready(self) -> bool:
@@ -125,11 +127,14 @@ class Server:
         allowed = self.config.limits.request_time
         allowed = allowed if timeout is None else min(timeout, allowed)
         futures = service.submit(images, questions, allowed)
+        until = time.monotonic() + allowed  # after their own deadline, so that what is dropped is too late, and not cancelled
         answers: asyncio.Future[list[Answer]] = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         gone = asyncio.ensure_future(_gone(request))
         try:
             both: set[asyncio.Future[Any]] = {answers, gone}
-            done, _ = await asyncio.wait(both, timeout=allowed, return_when=asyncio.FIRST_COMPLETED)
+            done: set[asyncio.Future[Any]] = set()
+            while not done and (left := until - time.monotonic()) > 0:  # uvloop's clock is late, and a wait may end early
+                done, _ = await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if answers in done:
                 for n, answer in enumerate(answers.result()):
                     _check_finite(n, answer)
@@ -171,14 +176,14 @@ class Server:
             raise Refusal(400, "json", "The request is nested too deeply.") from None
 
     async def aside(self, service: Service, stage: str, work: Callable[[], A]) -> A:
-        """Do the work before ("parse") or after ("draw": resize, colours, PNG) the model's, on one of two threads."""
+        """Do the work before ("parse") or after ("draw": resize, colours, PNG) the model's, on a thread of its own."""
         seconds = self.metrics.stages.labels(service.name, stage)
 
         def timed() -> A:
             with seconds.time():
                 return work()
 
-        return await asyncio.wrap_future(self._aside.submit(timed))
+        return await asyncio.wrap_future(self._aside[stage].submit(timed))
 
 
 def _check_finite(n: int, answer: Answer) -> None:

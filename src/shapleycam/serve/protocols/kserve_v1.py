@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from torch import Tensor
 
 from ...errors import InputError
-from ..refusals import Refusal, check_instances
+from ..refusals import Refusal, check_instances, read_json
 from ..runtime import Question
 from ..server import Server
 from ..service import Answer, Service
@@ -101,12 +101,9 @@ def read(body: bytes, most: int) -> tuple[list[Any], dict[str, Any]]:
     """The instances, at most so many, and the parameters of a request.
 
     Raises:
-        Refusal: 400, the body is no such thing; 413, too many.
+        Refusal: 400, the body is no such thing; 413, too many, or too much JSON.
     """
-    try:
-        content = json.loads(body)
-    except ValueError as error:
-        raise Refusal(400, "json", "The body is no JSON.") from error
+    content = read_json(body)
     if not isinstance(content, dict) or not isinstance(content.get("instances"), list) or not content["instances"]:
         raise Refusal(400, "json", 'The body must be {"instances": [...]} with at least one instance.')
     check_instances(len(content["instances"]), most)

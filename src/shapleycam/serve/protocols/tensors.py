@@ -12,7 +12,7 @@ import torch
 from fastapi import Response
 from torch import Tensor
 
-from ..refusals import Refusal, check_instances
+from ..refusals import Refusal, check_instances, read_json
 
 _TYPES = {
     "UINT8": torch.uint8,
@@ -33,7 +33,7 @@ def read(body: bytes, json_size: str | None, most: int) -> tuple[dict[str, Any],
         most: images of one request, the first dimension of every input.
 
     Raises:
-        Refusal: 400, the body is not what it says; 413, too many images.
+        Refusal: 400, the body is not what it says; 413, too many images, or too much JSON.
     """
     size = len(body)
     if json_size is not None:
@@ -42,10 +42,7 @@ def read(body: bytes, json_size: str | None, most: int) -> tuple[dict[str, Any],
                 400, "inputs", f"Inference-Header-Content-Length is {json_size[:20]!r}, and the body has {len(body)} bytes."
             )
         size = int(json_size)
-    try:
-        head = json.loads(body[:size])
-    except ValueError as error:
-        raise Refusal(400, "json", "The body does not begin with JSON.") from error
+    head = read_json(body[:size])
     inputs = head.get("inputs") if isinstance(head, dict) else None
     if not isinstance(inputs, list) or not inputs or not all(isinstance(one, dict) for one in inputs):
         raise Refusal(400, "inputs", '"inputs" must be a list of at least one tensor.')
