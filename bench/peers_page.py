@@ -13,8 +13,7 @@ weights, images of 224 pixels, {device}, {threads} threads, torch {torch}, {peer
 everything in turn in one process, after it has seen that the maps agree. Ratios are medians over the rounds. The machine was
 shared: differences of a few percent mean nothing. Freed memory is kept for the process, for all of them, as `shapleycam`'s own
 commands do: glibc's default gives it back to the system and has its pages cleared again, which plain inference, ours and the
-forward pass alike, pays for every layer, and a package that keeps all activations for a pass back does not. With that default
-torch-cam and captum were seen at 0.83 to 0.89 of the plain forward pass at batch 8, and ours at 1.00 (ResNet-18 and -50).
+forward pass alike, pays for every layer, and a package that keeps all activations for a pass back does not.
 
 ## In plain forward passes
 
@@ -29,7 +28,7 @@ Of each peer, behind the slash, how many times as long it takes as ours by the s
 
 ## Memory
 
-The most that is held during a call, in units of the plain forward pass's own:
+The most that is held during a call, in units of the plain forward pass's own; a dash also where the profiler saw nothing:
 
 | network | batch | {columns} |
 | --- | --- | {rule} |
@@ -66,7 +65,7 @@ def page(result: dict[str, Any]) -> str:
 
     def memory(place: tuple[str, int], rival: str) -> str:
         row = at.get((*place, rival))
-        return "–" if row is None else f"{row['peak_over_forward']:.2f}"
+        return "–" if row is None or not row["peak_over_forward"] else f"{row['peak_over_forward']:.2f}"
 
     def lines(fill: Any) -> str:
         return "\n".join(
@@ -99,8 +98,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
         worst = min(found, key=lambda row: row["over_ours"])
         lost = [row for row in found if row["over_ours"] < 1]
         out.append(
-            f"- **{package}** takes {statistics.median(ratios):.1f} times as long as ours (median of {len(found)} cases; "
-            f"{min(ratios):.2f} to {max(ratios):.1f}; least at {worst['network']}, batch {worst['batch']}, {worst['rival']}). "
+            f"- **{package}** takes {statistics.median(ratios):.2f} times as long as ours (median of {len(found)} cases; "
+            f"{min(ratios):.2f} to {max(ratios):.2f}; least at {worst['network']}, batch {worst['batch']}, {worst['rival']}). "
             + (f"Ours is slower in {len(lost)} of them." if lost else "Ours is slower in none of them.")
         )
     return "\n".join(out)

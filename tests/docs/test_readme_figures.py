@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,14 @@ def test_explanations():
             f"{case['grad_cam_over_ours']:.2f} | {case['peak_over_forward']:.2f} |"
         )
         assert row in readme, row
+
+
+def test_peers():
+    readme = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "bench" / "results" / "peers-cpu.json").read_text())["rows"]
+    for package, name in (("grad-cam", "pytorch-grad-cam"), ("torchcam", "torch-cam"), ("captum", "captum")):
+        ratios = [row["over_ours"] for row in rows if row["rival"].startswith(package) and "failed" not in row]
+        assert f"{name} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" in readme
 
 
 def test_evaluation():
