@@ -24,6 +24,7 @@ from shapleycam.images import Preprocess
 from shapleycam.ops.backends import LADDER
 from shapleycam.serve import ExplainerRuntime, OnnxRuntime, ProgramRuntime, Question, Runtime, Service, Stopped
 from shapleycam.serve.config import ModelConfig
+from shapleycam.serve.onnx_sessions import open_session
 from shapleycam.serve.run import load_runtime
 from shapleycam.serve.triton import write_repository
 
@@ -132,6 +133,22 @@ def test_the_same_answers_from_a_program(way: str) -> None:
             program.explain(images[0], Question(method="gradcam"))
     with pytest.raises(ShapleyCamError, match="one of program"):
         ProgramRuntime(bare, "fast")
+
+
+def test_names_of_a_file_are_its_own_in_openvino(tmp_path: Path) -> None:
+    """Behind an Identity a port has two names, and either may come first."""
+    pytest.importorskip("openvino")
+    value = helper.make_tensor_value_info
+    for before, after in (("a", "z"), ("z", "a")):
+        nodes = [helper.make_node("Abs", ["image"], [before]), helper.make_node("Identity", [before], [after])]
+        ports = [[value(name, TensorProto.FLOAT, [2])] for name in ("image", after)]
+        model = helper.make_model(helper.make_graph(nodes, "g", *ports), opset_imports=[helper.make_opsetid("", 18)])
+        model.ir_version = 9
+        onnx.save(model, tmp_path / "g.onnx")
+        session = open_session(str(tmp_path / "g.onnx"), "openvino", None, 1)
+        assert list(session.outputs) == [after] and session.outputs[after].name == after
+        [found] = session.run([after], {"image": numpy.array([-1, 2], dtype=numpy.float32)})
+        assert found.tolist() == [1, 2]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, file: str) -> None:

@@ -66,15 +66,17 @@ class OpenVinoSession:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             self._model = openvino.Core().compile_model(file, "CPU", options)
-            told = onnx.load(file, load_external_data=False).metadata_props
+            read = onnx.load(file, load_external_data=False)
         except Exception as error:  # OpenVINO's are RuntimeErrors of many lines
             raise InputError(f"{file} cannot be run by OpenVINO: {str(error).splitlines()[0]}") from error
+        # A port has the names of all tensors that are one to OpenVINO, as behind an Identity; of them we mean the file's own.
+        own = {value.name for value in (*read.graph.input, *read.graph.output)}
         self.inputs: Mapping[str, Port]
         self.outputs: Mapping[str, Port]
         self.inputs, self.outputs = (
             {
-                port.any_name: Port(
-                    port.any_name,
+                (name := min(port.names & own, default=port.any_name)): Port(
+                    name,
                     _OV.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
                     tuple(n.get_length() if n.is_static else None for n in port.partial_shape),
                 )
@@ -82,7 +84,7 @@ class OpenVinoSession:
             }
             for ports in (self._model.inputs, self._model.outputs)
         )
-        self.metadata: Mapping[str, str] = {one.key: one.value for one in told}
+        self.metadata: Mapping[str, str] = {one.key: one.value for one in read.metadata_props}
         self.device = "CPU, OpenVINO"
 
     def run(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
