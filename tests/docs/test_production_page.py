@@ -79,16 +79,18 @@ def test_the_figures_are_those_of_the_file() -> None:
     content = json.loads((ROOT / "bench" / "results" / "serve-cpu.json").read_text())
     assert table(content) in TEXT
     text = " ".join(TEXT.split())
-    ours = [content["beside"][peer]["shapleycam"]["processor_time"] for peer in ("litserve", "ray")]
-    low, high = (f"{100 * (value - 1):.0f}" for value in sorted(ours))
-    theirs = content["beside"]["ray"]["ray"]
-    assert f"adds {low} to {high} % to the bare call, Ray Serve {100 * (theirs['processor_time'] - 1):.0f} %" in text
-    assert f"come to {theirs['saturation']:.2f} of a loop" in text
+    ours = {round(100 * (content["beside"][peer]["shapleycam"]["processor_time"] - 1)) for peer in ("litserve", "ray")}
+    [added], theirs = ours, content["beside"]["ray"]["ray"]
+    assert f"adds to the bare call: {added} %, and Ray Serve {100 * (theirs['processor_time'] - 1):.0f} %" in text
     samples = [
-        row[key] for peer in content["beside"].values() for row in peer.values() for key in row if key.endswith("_samples")
+        row[key]
+        for peer in content["beside"].values()
+        for row in peer.values()
+        for key in row
+        if key.endswith("_samples") and not key.startswith("bare")
     ]
-    assert f"of {min(samples)} to {max(samples)} calls" in text and max(samples) <= 200  # p99 is the second slowest at best
-    assert f"a load average of {content['load_average'][0]:.0f} " in text
+    assert f"of {min(samples)} to {max(samples)} calls" in text and max(samples) <= 500  # p99: the fifth slowest at most
+    assert f"a load average of {content['load_average'][0]:.0f}, " in text
     for peer in ("litserve", "ray"):
         assert content["beside"][peer]["shapleycam"]["saturation"] >= 0.9
         assert content["beside"][peer]["shapleycam"]["half_p99"] <= 2
