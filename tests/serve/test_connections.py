@@ -10,8 +10,10 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -124,7 +126,8 @@ def test_requests_may_follow_one_another_but_not_without_end(one: Known, caplog:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /", POST + b"Content-Length: 5000\r\n\r\nx"], ids=["idle", "headers", "body"])
-def test_connections_that_wait_for_their_clients_make_room(one: Known, said: bytes) -> None:
+def test_connections_that_wait_for_their_clients_make_room(one: Known, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_GRACE", 0)
     with live(limits=Limits(connections=4)) as found:
         busy = waiting(found, one.data)
         idle = [connect(found) for _ in range(40)]
@@ -160,7 +163,38 @@ def head(sock: socket.socket) -> bytes:
 PROBE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-def test_a_request_that_arrives_is_of_more_use_than_connections_that_are_idle(one: Known) -> None:
+def test_more_are_not_closed_at_once_but_for_twice_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_GRACE", 1e9)
+    with live(limits=Limits(connections=3)) as found:
+        for count in range(1, 7):
+            connect(found)
+            until(lambda count=count: len(states(found)) == count)
+        first = states(found)[0]
+        monkeypatch.setattr(run, "_GRACE", 0)
+        connect(found)  # all four that are too many
+        until(lambda: len(states(found)) == 3)
+        assert first not in states(found)
+        monkeypatch.setattr(run, "_GRACE", 1e9)
+        socks = [connect(found) for _ in range(20)]
+        until(lambda: len(states(found)) == 6)
+        assert closed(socks[0]) == b""
+
+
+def test_clients_that_keep_their_connections_are_answered_beyond_the_limit(one: Known) -> None:
+    def ask(_: int) -> list[int]:
+        with httpx.Client(timeout=60) as client:
+            return [client.post(f"{found.url}/v1/explain", content=one.data).status_code for _ in range(8)]
+
+    with live(limits=Limits(connections=4)) as found:
+        found.model.open.set()
+        with ThreadPoolExecutor(7) as pool:
+            assert [status for each in pool.map(ask, range(7)) for status in each] == [200] * 56
+
+
+def test_a_request_that_arrives_is_of_more_use_than_connections_that_are_idle(
+    one: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_GRACE", 0)
     with live(limits=Limits(connections=3)) as found:
         first = connect(found)
         first.sendall(PROBE)
@@ -178,7 +212,8 @@ def test_a_request_that_arrives_is_of_more_use_than_connections_that_are_idle(on
         assert b"200 OK" in head(first)
 
 
-def test_a_connection_is_of_use_until_its_answer(one: Known) -> None:
+def test_a_connection_is_of_use_until_its_answer(one: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_GRACE", 0)
     with live(limits=Limits(connections=2)) as found:
         busy = waiting(found, one.data)
         idle = connect(found)

@@ -56,7 +56,8 @@ class Limits:
         instances: images of one request of the protocols that take several.
         classes: explained classes of one image.
         side: longest side of a map that is asked for, in pixels.
-        connections: open at once; of more, those that wait longest for their clients are closed.
+        connections: open at once; of more, those that have waited a second for their clients are closed, the longest first, and
+            of more than twice as many younger ones too.
 
     Raises:
         InputError: a number that is no such thing.

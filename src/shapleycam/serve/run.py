@@ -29,6 +29,8 @@ from .server import Server
 UNFINISHED, DIED = 1, 70  # sysexits.h: EX_SOFTWARE
 _MOST_HEADERS = 65_536  # bytes, and what one read from the connection has beyond
 _PIPELINED = 8  # requests behind one that is not answered yet
+#: Seconds that a connection may wait for its client before it is closed for another.
+_GRACE = 1.0
 
 
 def load_runtime(told: ModelConfig) -> Runtime:
@@ -218,9 +220,10 @@ class BoundedProtocol(HttpToolsProtocol):
     """HTTP/1.1 of which a client cannot have more than its share.
 
     A request's headers, also of one that follows another before its answer, arrive within ``header_time`` seconds and 64 KiB,
-    and so large may trailers be; uvicorn itself waits for ever, and takes all. Of more connections than allowed the one that
-    waits longest for its client is closed, where uvicorn's own limit would refuse requests, those of the probes too; and while
-    there are as many as allowed, an answer is a connection's last.
+    and so large may trailers be; uvicorn itself waits for ever, and takes all. Of more connections than allowed those that have
+    waited longest for their clients, for a second at least, are closed, where uvicorn's own limit would refuse requests, those
+    of the probes too; of more than twice as many, younger ones also, whose requests may be on their way. While there are as
+    many as allowed, an answer is a connection's last.
     """
 
     limits = Limits()
@@ -235,11 +238,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._since = time.monotonic()
         self._expect()
-        most = self.limits.connections
-        if len(self.connections) > most:
+        extra = len(self.connections) - self.limits.connections
+        if extra > 0:
             waiting = [one for one in self.connections if isinstance(one, BoundedProtocol) and one._waits()]
-            for one in sorted(waiting, key=lambda one: one._since)[: len(self.connections) - most]:
-                one._drop()
+            for n, one in enumerate(sorted(waiting, key=lambda one: one._since)[:extra]):
+                if n < extra - self.limits.connections or one._since <= self._since - _GRACE:
+                    one._drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See :class:`asyncio.Protocol`."""
