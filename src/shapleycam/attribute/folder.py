@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..data.files import write_whole
+from ..data.files import ARROW_ERRORS, write_whole
 from ..data.manifest import Manifest, fingerprint_of, write_manifest
 from ..data.sources import Source
 from ..errors import InputError, JobError, ShapleyCamWarning
@@ -239,12 +239,12 @@ def metadata_of(file: Path) -> tuple[int, dict[bytes, bytes]] | None:
     parquet = need("pyarrow.parquet", "attribute")
     try:
         meta = parquet.read_metadata(file)
-    except OSError as error:
-        if error.errno is None:  # pyarrow's word for a file that ends too early
+    except ARROW_ERRORS as error:
+        if getattr(error, "errno", None) is None:  # pyarrow's own word, also of a file that ends too early
             return None
-        raise JobError(f"{file} cannot be read: {error.strerror or error}. Nothing was removed; try again.") from error
-    except (ValueError, NotImplementedError):  # pyarrow's for all other damage
-        return None
+        raise JobError(
+            f"{file} cannot be read: {getattr(error, 'strerror', error)}. Nothing was removed; try again."
+        ) from error
     return int(meta.num_rows), dict(meta.metadata or {})
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from .. import ops
 from ..data.decoding import Decoder
+from ..data.files import ARROW_ERRORS
 from ..data.images import Preprocess
 from ..data.manifest import Manifest, key_hash
 from ..data.sources import Entry, Source, open_source
@@ -232,7 +233,7 @@ class Maps(Dataset[Map]):
         path = part_files(self.path, k)[k]
         try:
             file = need("pyarrow.parquet", _EXTRA).ParquetFile(path)
-        except (OSError, ValueError, NotImplementedError) as error:
+        except ARROW_ERRORS as error:
             raise InputError(f"{path} cannot be read: {error}. Remove it, and run shapleycam attribute again.") from error
         said = file.metadata.metadata or {}
         layout = said.get(b"shapleycam:layout", b"").decode()

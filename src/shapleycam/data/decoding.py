@@ -45,7 +45,7 @@ class Decoder:
     Attributes:
         preprocess: how the network wants its pictures.
         name: "torchcodec"; "pillow"; "auto", which is torchcodec where it is installed; "exact", which also resizes by
-            Pillow, as :meth:`Preprocess.view` does, where the others' resize differs by up to one level of 255; or "scaled",
+            Pillow, as :meth:`Preprocess.view` does, where the others' resize differs by a level or two of 255; or "scaled",
             which is "auto" but for large JPEGs: they are decoded at a half, a quarter or an eighth of their width and height
             while twice that of the resize is left (:meth:`Preprocess.reduction`), and differ by a few levels.
         max_pixels: of the largest picture that is decoded.

@@ -16,6 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 from ..errors import InputError
 from ..optional import need
 
+#: What pyarrow raises of a file that is gone or damaged.
+ARROW_ERRORS = (OSError, ValueError, NotImplementedError)
+
 
 class Found(NamedTuple):
     """A file below a folder: its path relative to it with forward slashes, its bytes (-1: unknown), and when it was changed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -192,7 +193,7 @@ class Preprocess:
         return to_tensor(resized.crop((left, top, left + self.crop[1], top + self.crop[0])))
 
     def view_of(self, pixels: Tensor, of: tuple[int, int] | None = None) -> Tensor:
-        """The same of decoded pixels, by PyTorch's resize, several times faster: it differs from Pillow's by at most one level.
+        """The same of decoded pixels, by PyTorch's resize, several times faster: single levels differ by one, seldom by two.
 
         Args:
             pixels: uint8 [3, height, width] of any strides; best with the channels innermost.
@@ -204,8 +205,12 @@ class Preprocess:
         if self.interpolation not in ("bilinear", "bicubic"):
             return self.view(to_picture(pixels.permute(1, 2, 0)), of)
         (width, height), (left, top) = self._geometry(*(of or (pixels.shape[2], pixels.shape[1])))
-        last = pixels[None].contiguous(memory_format=torch.channels_last)
-        resized = torch.nn.functional.interpolate(last, (height, width), mode=self.interpolation, antialias=True)
+        resized = pixels[None].contiguous(memory_format=torch.channels_last)
+        passes = [(height, width)]
+        if takes_columns_first() and pixels.shape[1] - height > 2 * max(0, pixels.shape[2] - width):
+            passes = [(height, pixels.shape[2]), (height, width)]  # levels are rounded, and cut off, after the first
+        for size in passes:
+            resized = torch.nn.functional.interpolate(resized, size, mode=self.interpolation, antialias=True)
         return resized[0, :, top : top + self.crop[0], left : left + self.crop[1]]
 
     def reduction(self, width: int, height: int) -> int:
@@ -250,6 +255,15 @@ class Preprocess:
     def __str__(self) -> str:
         side = self.resize if isinstance(self.resize, int) else f"{self.resize[1]} × {self.resize[0]}"
         return f"{self.interpolation} resize to {side}, centre crop {self.crop[1]} × {self.crop[0]}"
+
+
+@cache
+def takes_columns_first() -> bool:
+    """Whether the Pillow that is installed resizes columns before rows where more than twice as many rows as columns are lost.
+
+    Since version 13 (Pillow's #9549).
+    """
+    return int(need("PIL", "cli").__version__.partition(".")[0]) >= 13
 
 
 def to_tensor(picture: Image) -> Tensor:

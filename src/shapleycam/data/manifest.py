@@ -16,7 +16,7 @@ import torch
 
 from ..errors import InputError
 from ..optional import need
-from .files import sync_folder
+from .files import ARROW_ERRORS, sync_folder
 from .samples import add_entry
 from .sources import Entry, Source
 
@@ -47,7 +47,7 @@ class Manifest:
                 raise InputError(f"{file} is not a manifest that this version reads (format {said.get(b'format')!r}).")
             self.fingerprint = said[b"fingerprint"].decode()
             self.shard_size = int(said[b"shard_size"])
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        except (*ARROW_ERRORS, KeyError) as error:
             raise error if isinstance(error, InputError) else InputError(f"{file} is not a manifest: {error}") from error
         self.count = self._file.metadata.num_rows
         self.shards = self._file.metadata.num_row_groups

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..optional import need
-from .files import Files, Found, LocalFiles, refuse_other, shown
+from .files import ARROW_ERRORS, Files, Found, LocalFiles, refuse_other, shown
 from .sources import Entry, Source, content_of, label_of, place_of
 
 _EXTRA = "attribute"
@@ -195,7 +195,7 @@ class _Pieces:
             return [batch.num_rows for batch in self._table.to_batches()]
         except InputError:
             raise
-        except (OSError, ValueError, NotImplementedError) as error:
+        except ARROW_ERRORS as error:
             raise InputError(f"{shown(path)} is not a table that can be read: {error}") from error
 
     def _parquet(self) -> Any:
@@ -219,7 +219,7 @@ class _Pieces:
                 return file.read_row_group(index, columns=columns)
         except InputError:
             raise
-        except (OSError, ValueError, NotImplementedError) as error:
+        except ARROW_ERRORS as error:
             raise InputError(f"{shown(self.path)} cannot be read: {error}") from error
 
     def paths(self, index: int, image: str) -> list[str | None] | None:

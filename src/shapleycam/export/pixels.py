@@ -15,10 +15,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..data.images import Preprocess
+from ..data.images import Preprocess, takes_columns_first
 from ..errors import InputError
 from ..ops.operator import traced
-from ..optional import need
 
 _BITS = 22  # after the point, in Pillow's weights
 #: The radius of every filter, in pixels of the result where the picture is enlarged.
@@ -49,7 +48,7 @@ class Pixels(nn.Module):
                 "pixels of the model's size."
             )
         self.preprocess, self.resize, self.dtype = preprocess, resize, dtype
-        self.high_first = resize and int(need("PIL", "cli").__version__.partition(".")[0]) >= 13
+        self.high_first = resize and takes_columns_first()
         self.register_buffer("mean", torch.tensor(preprocess.mean, dtype=dtype)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std, dtype=dtype)[:, None, None], persistent=False)
 
