@@ -122,9 +122,16 @@ class Case:
                 return output[self.target] + output.log_softmax(-1)[self.target]
 
         kind = Rest if method == "shapleycam" else ClassifierOutputTarget
-        cam = getattr(pytorch_grad_cam, GRAD_CAM[method])(self.model, [self.module], reshape_transform=self.reshape())
+        peer, reshape = getattr(pytorch_grad_cam, GRAD_CAM[method]), self.reshape()
         targets = [kind(target) for target in self.listed]
-        return lambda: torch.from_numpy(cam(self.images, targets))
+
+        def call() -> Tensor:
+            # As its README has it. One that is kept leaves its hooks on the layer, where they hold the activations of
+            # everybody's calls, and their graph.
+            with peer(self.model, [self.module], reshape_transform=reshape) as cam:
+                return torch.from_numpy(cam(self.images, targets))
+
+        return call
 
     def torch_cam(self, method: str) -> Call:
         from torchcam import methods
@@ -192,7 +199,7 @@ def measure(network: str, batch: int, dtype: str, seconds: float) -> list[dict[s
             off = difference(call(), case.ours(method))
             call()  # some of them work once
         except Exception as error:
-            rows.append({**key, "rival": name, "method": method, "failed": f"{type(error).__name__}: {str(error)[:120]}"})
+            rows.append({**key, "rival": name, "method": method, "failed": reason(error)})
             continue
         if not off < bound:
             rows.append({**key, "rival": name, "method": method, "failed": f"its map differs from ours by {off:.2f}"})
@@ -202,25 +209,43 @@ def measure(network: str, batch: int, dtype: str, seconds: float) -> list[dict[s
     rows += [{**key, "rival": f"ours {method}", "method": method} for method in GRAD_CAM]
     samples: dict[str, list[float]] = {name: [] for name in calls}
     clock, started, names = Clock(DEVICE), time.perf_counter(), list(calls)
-    for call in calls.values():
-        call()
+    stopped: dict[str, str] = {}
+    for name in set(names) - set(methods):  # the peers were called above
+        calls[name]()
     while len(samples["forward"]) < 3 or (time.perf_counter() - started < seconds and len(samples["forward"]) < 25):
         turn = len(samples["forward"]) % len(names)
         for name in names[turn:] + names[:turn]:
             before = clock.read()
-            calls[name]()
+            try:
+                calls[name]()
+            except Exception as error:
+                if name not in methods:  # ours, or the forward pass
+                    raise
+                stopped[name] = reason(error)
+                continue
             samples[name].append(clock.seconds(before, clock.read()))
+        names = [name for name in names if name not in stopped]
     still = peak_bytes(case.forward, DEVICE)
     for row in rows:
         if "failed" in row:
             continue
         name = row["rival"]
+        if name in stopped:
+            row["failed"] = f"in a later call: {stopped[name]}"
+            continue
         row["rounds"] = len(samples[name])
         row["over_forward"] = ratio(samples[name], samples["forward"])
         row["over_ours"] = ratio(samples[name], samples[f"ours {row['method']}"])
         row["peak_over_forward"] = peak_bytes(calls[name], DEVICE) / max(still, 1)
         row["milliseconds"] = statistics.median(samples[name]) * 1e3
     return rows
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong first: tidying up behind it may fail too, and hide it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
