@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from .metadata import Port
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
-def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor]) -> ExportedProgram:
-    """The exported program, whose free dimensions are those that the ports name.
+def trace(
+    interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor], least: Mapping[str, int]
+) -> ExportedProgram:
+    """The exported program, whose free dimensions are those that the ports name, from the ``least`` of each on (else 1).
 
     What is traced is a copy of the modules over the same weights, as the tracer swaps these for fakes, and one thread traces at
     a time.
@@ -32,7 +34,7 @@ def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tenso
     for port in inputs:
         for size in port.shape:
             if isinstance(size, str):
-                dims.setdefault(size, Dim(size, min=1))
+                dims.setdefault(size, Dim(size, min=least.get(size, 1)))
     shapes = tuple({i: dims[size] for i, size in enumerate(port.shape) if isinstance(size, str)} for port in inputs)
     traced = shadow(interface, type(interface.program.model).__name__)
     try:
@@ -44,7 +46,8 @@ def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tenso
     except Exception as error:
         raise ExportError(
             f"The model cannot be traced{place(error)}: {said(error)}. Control flow that depends on values, or code that fixes "
-            "the number of images, cannot be exported: write it with torch.where, or export another layer or model."
+            "the number of images (with dynamic_size=True, or their size), cannot be exported: write it with torch.where, or "
+            "export another layer or model."
         ) from error
 
 
