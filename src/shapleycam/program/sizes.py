@@ -98,8 +98,8 @@ def tried(
                 raise ExportError(
                     f"dynamic_size=True is not to be had: for images of {size[0]} x {size[1]} layer {then.layers[0]!r} is read "
                     f"as {layout.kind} and explained by {then.engine!r}, for {other[0]} x {other[1]} {how.layers[0]!r} as "
-                    f"{how.layouts[0].kind} by {how.engine!r}. Does the model pool with a window of fixed size? A global average "
-                    "pool (nn.AdaptiveAvgPool2d(1)) is the same for every size."
+                    f"{how.layouts[0].kind} by {how.engine!r}. Does the model pool with a window of fixed size? A global "
+                    "average pool (nn.AdaptiveAvgPool2d(1)) is the same for every size."
                 )
             results.append((probe, found))
     return least, results
