@@ -130,6 +130,17 @@ def test_openvino(tmp_path, model, example):
         assert off(found.raw, expected.raw) < 1e-5 and off(found.maps, expected.heatmaps()) < 1e-4
 
 
+def test_the_model_api_with_pixels(made):
+    openvino, models = pytest.importorskip("openvino"), pytest.importorskip("model_api.models")
+    from model_api.adapters import OpenvinoAdapter
+
+    artefact = made(dynamic_size=True, preprocess=PREPROCESS, pixels=True)
+    adapter = OpenvinoAdapter(openvino.Core(), str(artefact.path), plugin_config={"INFERENCE_PRECISION_HINT": "f32"})
+    pixels = numpy.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=numpy.uint8)
+    found = models.Model.create_model(adapter, preload=True)(pixels).saliency_map
+    numpy.testing.assert_allclose(found, artefact.explain(pixels[None]).maps, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_compiled_library(tmp_path, model, example):
     artefact = export(Explainer(model), example, tmp_path / "a.pt2", format="aoti", dynamic_size=True, outputs=ALL[:3])

@@ -58,6 +58,19 @@ class Positions(nn.Module):
         return x + self.table
 
 
+class Windows(nn.Module):
+    """Takes any size, and pads it to whole windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        padded = nn.functional.pad(x, (0, -width % 4, 0, -height % 4))
+        return padded[:, :, :height, :width] * self.relative_position_bias_table
+
+
 class Tokens(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).transpose(1, 2)
@@ -84,6 +97,11 @@ REFUSED = {
         [*stem(), Positions(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)],
         "3",
         r"takes images of 12 x 12, and fails on \d+ x \d+ \(RuntimeError: The size of tensor a",
+    ),
+    "windows": (
+        [*stem(), Windows(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)],
+        "3",
+        "'3.relative_position_bias_table' is a table of relative positions",
     ),
     "tokens": ([*stem(), Tokens(), nn.LayerNorm(12), Mean(), nn.Linear(12, 5)], "4", "gives NTC"),
 }

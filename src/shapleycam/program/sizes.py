@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ def check_sizes(settings: Settings, plan: Plan, expected: Any, images: Tensor, s
     """Raise ExportError where no program for images of any size can be had of this explainer, as far as that is known yet."""
     layout, name = expected.diagnostics.layouts[0], plan.layers[0][0]
     baseline = settings.path.baseline
+    # Such models take any size, and pad it to whole windows: what the tracer refuses, after minutes.
+    tensors = chain(settings.model.named_parameters(), settings.model.named_buffers())
+    windows = next((key for key, _ in tensors if "relative_position" in key or "relative_coords" in key), None)
     why = None
     if images.ndim != 4 or layout.kind not in ("NCHW", "NHWC"):
         why = (
@@ -56,6 +60,8 @@ def check_sizes(settings: Settings, plan: Plan, expected: Any, images: Tensor, s
         why = f"the baseline {tuple(baseline.shape)} has a value for every position: give one that broadcasts, such as [C, 1]"
     elif not isinstance(size, str):
         why = f"maps of {size!r} have one size: use size='layer' or 'image'"
+    elif windows is not None:
+        why = f"{windows!r} is a table of relative positions, of attention in windows of one size"
     elif 1 in layout.grid:
         why = f"layer {name!r} has {layout.grid} positions for images of {tuple(images.shape[2:])}: give larger images"
     if why is not None:
