@@ -86,13 +86,13 @@ def stem():
 
 
 REFUSED = {
-    "flatten and linear": ([*stem(), nn.Flatten(), nn.Linear(12 * 36, 5)], "2", "not pool and linear|does not read"),
+    "flatten and linear": ([*stem(), nn.Flatten(), nn.Linear(12 * 36, 5)], "2", "not pool and linear"),
     "a curved head": (
         [*stem(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5)],
         "2",
         "graph for one size",
     ),
-    "a fixed window": ([*stem(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(12, 5)], "2", "window of fixed size|fails on"),
+    "a fixed window": ([*stem(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(12, 5)], "2", "window of fixed size"),
     "a table of positions": (
         [*stem(), Positions(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)],
         "3",
@@ -122,7 +122,7 @@ def test_a_window_that_fits_larger_images_too():
     explainer = Explainer(model, "2")
     assert explainer(images_of(16, 16)).diagnostics.engine == "reverse_over_reverse"  # 8 positions, and 6 are read
     explainer = Explainer(model, "2")
-    with pytest.raises(ExportError, match=r"nn.AdaptiveAvgPool2d\(1\)|fails on"):
+    with pytest.raises(ExportError, match=r"nn.AdaptiveAvgPool2d\(1\)"):
         explainer.program(images_of(12, 12), dynamic_size=True)
     assert explainer(images_of(12, 12)).diagnostics.engine == "closed_form"  # as it was
 
