@@ -133,7 +133,7 @@ def agreement(
             made = artefact
             run = in_openvino(artefact.path, threads, [port.name for port in about.outputs])
             batches = [examples(images, count, seed=count) for count in (1, 3)]
-            found = check(run, about, Reference(explainer, None), batches, (SIZE, SIZE))
+            found = check(run, about, Reference(explainer, None), batches)
             row["openvino"] = {"logits": found.logits, "maps": found.maps, "display": found.display}
     return row, made
 

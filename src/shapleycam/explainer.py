@@ -438,6 +438,7 @@ class Explainer:
         targets: str = "predicted",
         size: str | int | Sequence[int] = "layer",
         all_classes: bool = False,
+        dynamic_size: bool = False,
     ) -> Program:
         """This explainer as a pure module ``(images, targets) -> Explained``, for ``torch.export`` and its like.
 
@@ -450,6 +451,8 @@ class Explainer:
                 for the maps of all K classes, [N, K, *size].
             size: of ``maps``: "layer" for the grid of the target layer, "image" for the images' own, or a size.
             all_classes: accept that "all" costs K passes of a head that is not pool-and-linear, in memory at once.
+            dynamic_size: take images of any height and width, from a least one on, which is ``program.least``; maps follow.
+                For convolutional models with a pool-and-linear head; tried at three other sizes.
 
         Raises:
             ExportError: the method, utility, engine or baseline is none that a program has; the model or the derivatives of
@@ -457,7 +460,8 @@ class Explainer:
                 than 1e-4, relative.
             InputError, LayerError, ModelStateError, DerivativeError: as :meth:`__call__`.
         """
-        return build(self._settings, self.prepare(images), self, images, targets, size, all_classes)
+        plan = self.prepare(images)
+        return build(self._settings, plan, self, images, targets, size, all_classes, dynamic_size)
 
     def compile(
         self,

@@ -40,6 +40,16 @@ def test_the_demos_network_as_a_file(tmp_path, capsys):
     assert "exists: give another name, or overwrite=True (--overwrite)" in " ".join(capsys.readouterr().err.split())
 
 
+def test_any_size(tmp_path, capsys):
+    path = tmp_path / "explained.pt2"
+    assert run(["export", str(path), "--dynamic-size", "--maps", "layer"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "[n, 3, height, width]" in told and "[n, grid_height, grid_width]" in told and "299x181, 181x337" in told
+    assert load(path).explain(torch.randn(1, 3, 100, 260)).maps.shape == (1, 3, 8)
+    assert run(["export", str(tmp_path / "a.pt2"), "--dynamic-size", "--resize"]) == 2
+    assert "leave out dynamic_size=True" in " ".join(capsys.readouterr().err.split())
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     assert run(["export", str(tmp_path / "explained.tflite")]) == 2
     assert "end it in .onnx or .pt2" in capsys.readouterr().err

@@ -93,8 +93,8 @@ def test_nothing_is_left_of_an_artefact_that_is_wrong(model, example, tmp_path, 
         export(Explainer(model), example, path, tolerance=1e-12)
     write = make.trace
 
-    def wrong(interface, inputs, examples):
-        exported = write(interface, inputs, examples)
+    def wrong(interface, inputs, examples, least):
+        exported = write(interface, inputs, examples, least)
         for name, value in exported.state_dict.items():
             if name.endswith("5.weight"):
                 value.data.mul_(1.001)  # in this program's copy alone

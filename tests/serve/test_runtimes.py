@@ -197,7 +197,8 @@ def test_a_file_that_describes_itself_needs_nothing_else(file: str, tmp_path: Pa
     assert runtime.classes[3] == ("thing 3",) and torch.allclose(answer.raw[0], known(0).raw, rtol=1e-3, atol=1e-4)
 
 
-def test_an_exported_artefact_is_served_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dynamic_size", [False, True])
+def test_an_exported_artefact_is_served_as_it_is(tmp_path: Path, dynamic_size: bool) -> None:
     """What `shapleycam export` writes, with its own description, and the same answers from it."""
     path, names = tmp_path / "artefact.onnx", [f"thing {n}" for n in range(CLASSES)]
     images = torch.randn(2, 3, SIDE, SIDE)
@@ -209,6 +210,7 @@ def test_an_exported_artefact_is_served_as_it_is(tmp_path: Path) -> None:
         outputs=("prediction", "saliency_map", "raw_map"),
         preprocess=PREPROCESS,
         classes=names,
+        dynamic_size=dynamic_size,
     )
     runtime = load_runtime(ModelConfig(runtime="onnx", file=str(path)))
     with Service(runtime, max_batch=2) as service:

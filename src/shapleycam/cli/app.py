@@ -401,6 +401,9 @@ def export(
         bool, typer.Option("--pixels", help="Take decoded pixels, uint8 [n, H, W, 3], and normalise them inside.")
     ] = False,
     resize: Annotated[bool, typer.Option("--resize", help="Take pixels of any size, and resize and crop them inside.")] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Take images of any height and width as they are; maps follow.")
+    ] = False,
     opset: Annotated[int | None, typer.Option(help="Of ONNX; 18 if not given.", show_default=False)] = None,
     runtime: Annotated[
         list[str] | None, typer.Option(help="Where an ONNX file is checked: onnxruntime, openvino; repeatable.")
@@ -432,6 +435,7 @@ def export(
         outputs=tuple(name.strip() for name in outputs.split(",")),
         pixels=pixels,
         resize=resize,
+        dynamic_size=dynamic_size,
         opset=opset,
         runtimes=tuple(runtime or ()),
         tolerance=tolerance,

@@ -39,6 +39,7 @@ class Options:
     outputs: tuple[str, ...] = ("prediction", "saliency_map")
     pixels: bool = False
     resize: bool = False
+    dynamic_size: bool = False
     opset: int | None = None
     runtimes: tuple[str, ...] = ()
     tolerance: float = TOLERANCE
@@ -80,6 +81,7 @@ def run_export(options: Options, results: Console, notes: Console) -> int:
             preprocess=recipe,
             pixels=options.pixels,
             resize=options.resize,
+            dynamic_size=options.dynamic_size,
             classes=[names[0] for names in classifier.classes],
             name=classifier.name,
             opset=options.opset,
@@ -110,9 +112,10 @@ def _show(artefact: Artefact, results: Console) -> None:
     explained = f"{about.method} of {about.utility} at {', '.join(about.layer)}, {about.engine}{nodes}"
     results.print(escape(f"{about.model}: {explained}, targets: {about.targets}"))
     for runtime, checks in about.checks.items():
-        counts = " and ".join(map(str, checks["batches"]))
+        counts = " and ".join(map(str, dict.fromkeys(checks["batches"])))
+        sizes = ", ".join(dict.fromkeys("x".join(map(str, size)) for size in checks["sizes"]))
         results.print(
-            f"in {runtime} compared with float64 on {counts} images: "
+            f"in {runtime} compared with float64 on {counts} images of {sizes}: "
             f"logits off by {checks['logits']:.1e}, maps by {checks['maps']:.1e}, relative"
         )
     size = artefact.path.stat().st_size / 1e6

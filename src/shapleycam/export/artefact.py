@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .check import classes_of
 from .formats import Run, check_runtimes, format_of
+from .interface import SIZE
 from .metadata import Metadata, Port
 
 
@@ -63,7 +65,7 @@ class Artefact:
         Raises:
             InputError: another dtype or shape than the artefact takes, no image, or targets that it does not take.
         """
-        image = _as_tensor("images", images, self.metadata.inputs[0])
+        image = _as_tensor("images", images, self.metadata.inputs[0], self.metadata.least_size)
         feed, given = {"image": image}, None
         port = self.metadata.port("target")
         if port is not None:
@@ -124,7 +126,7 @@ def load(path: str | Path, runtime: str | None = None) -> Artefact:
     return Artefact(path, metadata, form.open(path, metadata, runtime))
 
 
-def _as_tensor(name: str, value: Any, port: Port) -> Tensor:
+def _as_tensor(name: str, value: Any, port: Port, least: Sequence[int]) -> Tensor:
     try:
         tensor = torch.as_tensor(value).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -132,7 +134,10 @@ def _as_tensor(name: str, value: Any, port: Port) -> Tensor:
     fits = tensor.ndim == len(port.shape) and all(
         isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, port.shape, strict=True)
     )
+    lows = {dim: low for dim, low in zip(SIZE, least, strict=False) if dim in port.shape}
+    fits = fits and all(tensor.shape[port.shape.index(dim)] >= low for dim, low in lows.items())
     if str(tensor.dtype) != f"torch.{port.dtype}" or not fits or 0 in tensor.shape:
         wanted = f"{port.dtype} [{', '.join(map(str, port.shape)).replace('n,', 'N,', 1)}]"
+        wanted += "".join(f", {dim} >= {low}" for dim, low in lows.items())
         raise InputError(f"{name} must be {wanted} ({port.content}), got {tensor.dtype} {tuple(tensor.shape)}.")
     return tensor.contiguous()

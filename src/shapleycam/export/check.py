@@ -33,6 +33,7 @@ class Checks:
 
     Attributes:
         batches: the numbers of images.
+        sizes: (height, width) of each batch as the artefact took it.
         logits: largest difference to float64, relative to the image's largest logit.
         maps: the same for signed maps. A display map counts by the change of the signed map that it stands for: its difference,
             times the spreads that the two min-max steps have divided by, relative to the largest value of the signed map.
@@ -42,6 +43,7 @@ class Checks:
     """
 
     batches: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...]
     logits: float
     maps: float
     display: float | None
@@ -86,13 +88,14 @@ class Reference:
     Args:
         explainer: of the user.
         preprocess: of an artefact that takes pixels.
+        resize: whether it resizes them.
     """
 
-    def __init__(self, explainer: Explainer, preprocess: Preprocess | None) -> None:
+    def __init__(self, explainer: Explainer, preprocess: Preprocess | None, resize: bool = False) -> None:
         self._explainer = copied(explainer, type(explainer.model).__name__, "the comparison with float64")
         self._explainer.model.double()
         self._device = next((p.device for p in self._explainer.model.parameters()), torch.device("cpu"))
-        self._preprocess = preprocess
+        self._preprocess, self._resize = preprocess, resize
 
     def images(self, inputs: Tensor) -> Tensor:
         """float64 [N, channels, ...] of what an artefact is given."""
@@ -100,7 +103,7 @@ class Reference:
             return inputs.to(self._device, torch.float64)
         assert self._preprocess is not None
         views = inputs
-        if tuple(inputs.shape[1:3]) != self._preprocess.crop:
+        if self._resize:
             from PIL import Image
 
             views = torch.stack([self._preprocess.view(Image.fromarray(each.numpy())).permute(1, 2, 0) for each in inputs])
@@ -125,8 +128,8 @@ class Reference:
             handle.remove()
         return found[0].cpu()
 
-    def explain(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, K] and signed maps [N, M, *grid] of classes [N, M]; a map of NaN where a class is none."""
+    def explain(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Logits [N, K], signed maps [N, M, *grid] of classes [N, M] (of NaN where a class is none), and the images' size."""
         # The filters are those of the process: two threads that take turns badly would leave them changed.
         with TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore", ShapleyCamWarning)  # the user was warned by their own explainer
@@ -134,9 +137,10 @@ class Reference:
             assert logits is not None
             known = (targets >= 0) & (targets < logits.shape[1])
             safe = torch.where(known, targets, 0).to(self._device)
-            raw = self._explainer(images, safe).raw.cpu()
+            explanation = self._explainer(images, safe)
+            raw = explanation.raw.cpu()
         missing = ~known.view(*known.shape, *[1] * (raw.ndim - 2))
-        return logits.cpu(), raw.masked_fill(missing, float("nan"))
+        return logits.cpu(), raw.masked_fill(missing, float("nan")), explanation.image_size
 
 
 def check(
@@ -144,7 +148,6 @@ def check(
     metadata: Metadata,
     reference_of: Reference,
     inputs: Sequence[Tensor],
-    size: Sequence[int],
     tolerance: float = TOLERANCE,
 ) -> Checks:
     """Run an artefact on batches of inputs and compare all that it returns.
@@ -154,7 +157,6 @@ def check(
         metadata: its own.
         reference_of: the explainer in float64.
         inputs: one batch per entry, as the artefact takes them, normalised or pixels.
-        size: of display maps.
         tolerance: for the predicted class, and the result.
 
     Raises:
@@ -172,13 +174,14 @@ def check(
         try:
             found = dict(zip(names, run(feed), strict=True))
         except Exception as error:
-            raise ExportError(f"The artefact does not run with {len(batch)} images: {error}") from error
+            raise ExportError(f"The artefact does not run with images {tuple(batch.shape)}: {error}") from error
         logits = found[prediction.name]
         chosen = classes_of(metadata.targets, given, logits)
         some = torch.arange(chosen.shape[1])
         if metadata.targets == "all":  # a sample: every class may cost a pass of the head
             some = torch.unique(torch.cat((torch.linspace(0, chosen.shape[1] - 1, 6).long(), logits.argmax(1))))
-        expected, raw = reference_of.explain(images, chosen[:, some])
+        expected, raw, image_size = reference_of.explain(images, chosen[:, some])
+        size = image_size if metadata.maps == "image" else tuple(raw.shape[2:])
         worst["logits"] = max(worst["logits"], off(logits, expected))
         near_best(logits, expected, tolerance)
         several = metadata.targets in ("several", "all")
@@ -200,6 +203,7 @@ def check(
                 raise ExportError(f"The artefact explains the classes {found['target_class'].tolist()}, not {wanted.tolist()}.")
     return Checks(
         batches=tuple(len(batch) for batch in inputs),
+        sizes=tuple(tuple(batch.shape[1:3] if batch.dtype == torch.uint8 else batch.shape[2:]) for batch in inputs),
         logits=worst["logits"],
         maps=worst["maps"],
         display=worst["display"] if metadata.maps != "raw" and "saliency_map" in names else None,

@@ -112,14 +112,19 @@ def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def input_ports(targets: str, image_shape: Sequence[int], pixels: Pixels | None, dtype: torch.dtype) -> tuple[Port, ...]:
+#: What the free dimensions of images and of maps are called.
+SIZE, GRID = ("height", "width"), ("grid_height", "grid_width")
+
+
+def input_ports(targets: str, image_shape: Sequence[int | str], pixels: Pixels | None, dtype: torch.dtype) -> tuple[Port, ...]:
     """The inputs: ``image`` (``image_shape`` is one image's), and ``target`` where classes are given."""
     if pixels is None:
         image = Port("image", str(dtype)[6:], ("n", *image_shape), "images, normalised as the model expects")
     elif pixels.resize:
-        image = Port("image", "uint8", ("n", "height", "width", 3), "decoded RGB pictures of any size")
+        image = Port("image", "uint8", ("n", *SIZE, 3), "decoded RGB pictures of any size")
     else:
-        image = Port("image", "uint8", ("n", *image_shape[1:], 3), "decoded RGB pictures of the model's size")
+        said = "of any size, which are not resized" if image_shape[1:] == SIZE else "of the model's size"
+        image = Port("image", "uint8", ("n", *image_shape[1:], 3), f"decoded RGB pictures {said}")
     said = "the class to explain; -1 is the predicted one, any other index that is no class gives a map of NaN"
     if targets == "given":
         return image, Port("target", "int64", ("n",), said)
@@ -129,9 +134,9 @@ def input_ports(targets: str, image_shape: Sequence[int], pixels: Pixels | None,
 
 
 def output_ports(
-    outputs: Sequence[str], values: Sequence[Tensor], targets: str, maps: str, prediction: str
+    outputs: Sequence[str], values: Sequence[Tensor], targets: str, maps: str, prediction: str, dynamic_size: bool = False
 ) -> tuple[Port, ...]:
-    """The outputs, from an example of their values."""
+    """The outputs, from an example of their values; with ``dynamic_size`` maps have no size yet."""
     display = {"raw": "signed", "layer": "in [0, 1], at the layer's size", "image": "in [0, 1], at the image's size"}[maps]
     content = {
         "prediction": "logits",
@@ -145,5 +150,7 @@ def output_ports(
         shape: list[int | str] = ["n", *value.shape[1:]]
         if targets == "several" and name in ("saliency_map", "raw_map", "target_class"):
             shape[1] = "m"
+        if dynamic_size and name in ("saliency_map", "raw_map"):
+            shape[-2:] = SIZE if name == "saliency_map" and maps == "image" else GRID
         ports.append(Port(prediction if name == "prediction" else name, str(value.dtype)[6:], tuple(shape), content[name]))
     return tuple(ports)

@@ -15,11 +15,12 @@ from ..errors import ExportError, InputError
 from ..explainer import Explainer
 from ..optional import need
 from ..program.graph import TRACING, plainly
+from ..program.sizes import other_sizes, resized
 from .artefact import Artefact, load
 from .check import BATCHES, TOLERANCE, Reference, as_pixels, check, examples, judge
 from .files import written
 from .formats import check_runtimes, format_for
-from .interface import MAPS, TARGETS, Interface, check_choice, check_outputs, input_ports, output_ports
+from .interface import MAPS, SIZE, TARGETS, Interface, check_choice, check_outputs, input_ports, output_ports
 from .metadata import Metadata, weights_checksum
 from .pixels import Pixels
 from .tracing import trace
@@ -38,6 +39,7 @@ def export(
     preprocess: Preprocess | None = None,
     pixels: bool = False,
     resize: bool = False,
+    dynamic_size: bool = False,
     classes: Sequence[str] = (),
     name: str | None = None,
     opset: int | None = None,
@@ -68,6 +70,9 @@ def export(
         pixels: take decoded pixels of the model's size, uint8 [N, H, W, 3], and normalise them inside.
         resize: take decoded pictures of any size, and resize and crop them inside as ``preprocess.view`` does with the Pillow
             that is installed, to the same levels.
+        dynamic_size: take images of any height and width, as they are, from a least one on (``metadata.least_size``), which
+            depends on the model; maps follow. For convolutional models with a pool-and-linear head; the file is compared
+            at three sizes more.
         classes: the names of the classes, for the metadata.
         name: of the model, for the metadata; its class's by default.
         opset: of ONNX; 18 by default.
@@ -80,8 +85,8 @@ def export(
         The artefact, opened in its runtime.
 
     Raises:
-        ExportError: the explainer has no program, the model does not trace, the format lacks an operator, the artefact is off
-            by more than the tolerance, or the path exists or cannot be written.
+        ExportError: the explainer has no program (of any size, where that is wanted), the model does not trace, the format
+            lacks an operator, the artefact is off by more than the tolerance, or the path exists or cannot be written.
         InputError: an unknown choice, a package that is missing, or images that do not fit the preprocessing.
         LayerError, ModelStateError, DerivativeError: as calling the explainer.
     """
@@ -92,6 +97,8 @@ def export(
     names, wanted = check_outputs(outputs), check_runtimes(form, runtimes)
     if not prediction.isidentifier() or prediction in (*names[1:], "image", "target"):
         raise InputError(f"prediction must be a name that no other input or output has, got {prediction!r}.")
+    if dynamic_size and resize:
+        raise InputError("resize=True takes pictures of any size and makes them the model's: leave out dynamic_size=True.")
     front = _front(preprocess, pixels, resize, images)
     versions = _versions((*form.packages(), *wanted, *(("PIL",) if resize else ())))
     # Inference mode and autocast around the call would be in the file, or in what it is compared with.
@@ -100,13 +107,20 @@ def export(
             images,
             targets="given" if targets == "several" else targets,
             size="image" if maps == "image" else "layer",
+            dynamic_size=dynamic_size,
         )
         diagnostics = explainer(images[:1]).diagnostics
         if len(diagnostics.layers) != 1:
             raise ExportError(f"An artefact has one target layer, and the explainer has {list(diagnostics.layers)}.")
         interface = Interface(program, names, maps, front, diagnostics.layers[0], diagnostics.layouts[0])
-        inputs = input_ports(targets, images.shape[1:], front, images.dtype)
+        shape = (images.shape[1], *SIZE) if dynamic_size else images.shape[1:]
+        inputs = input_ports(targets, shape, front, images.dtype)
         batches = [_inputs(images, count, front, seed=count) for count in (2, *BATCHES)]
+        if dynamic_size:
+            # The tracer's example is oblong, so that height and width are two numbers, and none that another dimension has.
+            others = [resized(images, size) for size in other_sizes(tuple(images.shape[2:]), program.least)]
+            batches[0] = _inputs(others[1], 2, front, seed=2)
+            batches += [_inputs(other, count, front, seed=count) for other, count in zip(others, (2, 1, 3), strict=True)]
         probe = [batches[0]]
         with torch.no_grad():
             if targets in ("given", "several"):
@@ -118,7 +132,7 @@ def export(
         metadata = Metadata(
             format=form.name,
             inputs=inputs,
-            outputs=output_ports(names, values, targets, maps, prediction),
+            outputs=output_ports(names, values, targets, maps, prediction, dynamic_size),
             targets=targets,
             maps=maps,
             image_size=tuple(images.shape[2:]),
@@ -133,15 +147,17 @@ def export(
             baseline=diagnostics.baseline,
             nodes=diagnostics.nodes,
             versions=versions,
+            least_size=program.least,
         )
         traced = [torch.zeros_like(probe[0]), *probe[1:]]  # an exported program keeps its examples: not the user's images
-        exported = trace(interface, inputs, [each.to(images.device) for each in traced])
+        exported = trace(
+            interface, inputs, [each.to(images.device) for each in traced], dict(zip(SIZE, program.least, strict=False))
+        )
         with TRACING:
             form.write(exported, temporary, metadata, opset)
-        size = tuple(images.shape[2:]) if maps == "image" else diagnostics.layouts[0].grid
-        checks, expected = {}, Reference(explainer, preprocess)
+        checks, expected = {}, Reference(explainer, preprocess, resize)
         for runtime in wanted:
-            found = check(form.open(temporary, metadata, runtime), metadata, expected, batches[1:], size, tolerance)
+            found = check(form.open(temporary, metadata, runtime), metadata, expected, batches[1:], tolerance)
             judge(found, runtime)
             checks[runtime] = found.content()
         form.seal(temporary, replace(metadata, checks=checks))

@@ -43,7 +43,7 @@ class Metadata:
         inputs, outputs: in their order.
         targets: "predicted", "given", "several" or "all".
         maps: what ``saliency_map`` is: "raw", "layer" or "image".
-        image_size: (height, width) that the network takes.
+        image_size: (height, width) that the network takes; with ``least_size``, of the images that it was made with.
         preprocess: the fields of :class:`shapleycam.data.images.Preprocess`, None where unknown. Whether it is done inside the
             artefact, the dtype and the shape of the input ``image`` say.
         classes: their names, empty where unknown.
@@ -52,6 +52,7 @@ class Metadata:
         versions: of the packages that made the file.
         checks: how far the artefact was off when it was made, in each runtime that it was run in: see
             :class:`shapleycam.export.Checks`.
+        least_size: the least (height, width) of images where these are free (``dynamic_size=True``), else empty.
     """
 
     format: str
@@ -72,6 +73,7 @@ class Metadata:
     nodes: int | None
     versions: Mapping[str, str]
     checks: Mapping[str, Any] = field(default_factory=dict)
+    least_size: tuple[int, ...] = ()
     layout_version: int = LAYOUT_VERSION
 
     def dumps(self) -> str:

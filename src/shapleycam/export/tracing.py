@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from torch.export import Dim, ExportedProgram
 
 from ..errors import ExportError, ShapleyCamError
 from ..program.graph import TRACING, shadow
-from .interface import Interface
+from .interface import SIZE, Interface
 from .metadata import Port
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
-def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor]) -> ExportedProgram:
-    """The exported program, whose free dimensions are those that the ports name.
+def trace(
+    interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor], least: Mapping[str, int]
+) -> ExportedProgram:
+    """The exported program, whose free dimensions are those that the ports name, from the ``least`` of each on (else 1).
 
     What is traced is a copy of the modules over the same weights, as the tracer swaps these for fakes, and one thread traces at
     a time.
@@ -32,7 +35,7 @@ def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tenso
     for port in inputs:
         for size in port.shape:
             if isinstance(size, str):
-                dims.setdefault(size, Dim(size, min=1))
+                dims.setdefault(size, Dim(size, min=least.get(size, 1)))
     shapes = tuple({i: dims[size] for i, size in enumerate(port.shape) if isinstance(size, str)} for port in inputs)
     traced = shadow(interface, type(interface.program.model).__name__)
     try:
@@ -42,6 +45,11 @@ def trace(interface: Interface, inputs: Sequence[Port], examples: Sequence[Tenso
     except ShapleyCamError:
         raise
     except Exception as error:
+        if least and (rule := _rule(error)):
+            raise ExportError(
+                f"dynamic_size=True is not to be had: the graph of the model is for such sizes only: {rule}. Code that decides "
+                "by the size (windows padded to a multiple, pools with ceil_mode) fixes it: export without dynamic_size=True."
+            ) from error
         raise ExportError(
             f"The model cannot be traced{place(error)}: {said(error)}. Control flow that depends on values, or code that fixes "
             "the number of images, cannot be exported: write it with torch.where, or export another layer or model."
@@ -58,6 +66,18 @@ def place(error: BaseException) -> str:
         return ""
     last = frames[max(i for i, frame in enumerate(frames) if frame is inner[-1]) :][-1]
     return f" at {last.filename}:{last.lineno}, in {last.name} ({last.line})"
+
+
+def _rule(error: BaseException) -> str:
+    """What torch.export has found to hold for some sizes only, in its words; empty where the error is another."""
+    if "Constraints violated" not in str(error):
+        return ""
+    lines = str(error)
+    found = re.search(r"generated guard (.+?)\.?$", lines, re.MULTILINE) or re.search(r"- (.+?)\.?$", lines, re.MULTILINE)
+    rule = "" if found is None else found[1]
+    for dimension, size in ((2, SIZE[0]), (3, SIZE[1])):
+        rule = re.sub(rf"L\[[^()]*?\]\.size\(\)\[{dimension}\]", size, rule)
+    return rule or said(error)
 
 
 def said(error: BaseException) -> str:

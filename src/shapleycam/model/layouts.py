@@ -68,6 +68,10 @@ class Layout:
             activations = activations.movedim(-1, 1)
         return activations.flatten(2)
 
+    def grid_of(self, activations: Tensor) -> tuple[int, ...]:
+        """The spatial shape of an output of any size in this layout, which is none of tokens."""
+        return _spatial(self.kind, tuple(activations.shape))
+
     def space(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         """The spatial shape of images [N, ...] that the grid covers: (h, w), (d, h, w) or (l,)."""
         if self.time_axis == 1 and len(image_shape) == 5:

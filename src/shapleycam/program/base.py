@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..derivatives.path import Path, gauss_legendre
@@ -47,11 +48,12 @@ class Recipe:
         layout: how its output is read.
         method, utility, path: rows of their tables, and the path from the baseline.
         engine: a derivative engine; "quadrature" with a number of nodes.
-        image_shape: of one image, without the batch; programs are made for one size.
-        size: of the maps.
+        image_shape: of one image, without the batch.
+        size: of the maps; "layer" or "image" where that of the images is free.
         targets: one of :data:`TARGETS`.
         writes: an operator behind the layer writes into its output.
         images_as: the keyword under which the model takes the images.
+        least: the least height and width of images, where these are free; else empty.
 
     Raises:
         ExportError: the method, engine or baseline is none that a program has.
@@ -65,10 +67,11 @@ class Recipe:
     path: Path
     engine: str
     image_shape: tuple[int, ...]
-    size: tuple[int, ...]
+    size: tuple[int, ...] | str
     targets: str = "predicted"
     writes: bool = False
     images_as: str | None = None
+    least: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method.order == 0 or self.method.pooling == "principal":
@@ -116,7 +119,7 @@ class Program(nn.Module):
         self.model = model
         self.layer, self.layout, self.method, self.utility = recipe.layer, recipe.layout, recipe.method, recipe.utility
         self.engine, self.targets = recipe.engine, recipe.targets
-        self.image_shape, self.size = recipe.image_shape, recipe.size
+        self.image_shape, self.size, self.least = recipe.image_shape, recipe.size, recipe.least
         baseline = recipe.path.baseline
         self._named_baseline = recipe.path.start
         self.register_buffer("baseline", baseline if isinstance(baseline, Tensor) else None, persistent=False)
@@ -138,7 +141,8 @@ class Program(nn.Module):
         """Explain a batch.
 
         Args:
-            images: floating [N, channels, H, W] of the size and on the device that the program was made for.
+            images: floating [N, channels, H, W] of the size and on the device that the program was made for; of any height
+                and width from ``least`` on, where these are free.
             targets: int64 [N] or [N, M] for ``targets="given"``, where -1 is the predicted class and any other index that is
                 no class gives a map of NaN; None (also otherwise) for the predicted one.
 
@@ -160,7 +164,14 @@ class Program(nn.Module):
 
     def check(self, images: Tensor, targets: Tensor | None) -> None:
         """Raise InputError unless the program takes these images and targets."""
-        if tuple(images.shape[1:]) != self.image_shape:
+        if self.least:
+            fits = images.ndim == 4 and images.shape[1] == self.image_shape[0]
+            if not fits or images.shape[2] < self.least[0] or images.shape[3] < self.least[1]:
+                raise InputError(
+                    f"This program explains images [N, {self.image_shape[0]}, H, W] with H >= {self.least[0]} and W >= "
+                    f"{self.least[1]}, got {tuple(images.shape)}."
+                )
+        elif tuple(images.shape[1:]) != self.image_shape:
             raise InputError(
                 f"This program explains images [N, {', '.join(map(str, self.image_shape))}], got {tuple(images.shape)}."
             )
@@ -175,18 +186,31 @@ class Program(nn.Module):
         """:meth:`forward` without its checks: nothing but tensors, for what traces or compiles."""
         several = self.targets == "all" or (targets is not None and targets.ndim == 2)
         wanted = targets[:, None] if targets is not None and targets.ndim == 1 else targets
-        logits, chosen, raw = self._maps(images, wanted)
+        logits, chosen, raw, grid = self._maps(images, wanted)
         # A network may swallow NaN or Inf in an image; its map must not.
         raw = raw + (images.flatten(1).sum(1, dtype=reference.accumulator(images.dtype)) * 0)[:, None, None].to(raw.dtype)
-        shaped = raw.unflatten(2, self.layout.grid)
-        maps = reference.display_map(shaped.flatten(0, 1), self.size, True).unflatten(0, (-1, chosen.shape[1]))
+        rows = raw.flatten(0, 1).unflatten(1, grid)  # by rows, as unflatten of [N, 1, S] asks whether h divides 1
+        shaped, maps = (
+            each.unflatten(0, (-1, chosen.shape[1])) for each in (rows, self._display(rows, tuple(images.shape[2:])))
+        )
         if several:
             return Explained(logits, chosen, shaped, maps)
         return Explained(logits, chosen[:, 0], shaped[:, 0], maps[:, 0])
 
+    def _display(self, raw: Tensor, image: tuple[int, ...]) -> Tensor:
+        """Display maps [N, *size] of signed maps [N, *grid]."""
+        if not isinstance(self.size, str):
+            return reference.display_map(raw, self.size, True)
+        if self.size == "layer":
+            return reference.display_map(raw, tuple(raw.shape[1:]), True)
+        # Whether the sizes differ, which the operator asks, a graph of any size cannot tell.
+        maps = reference.display_map(raw, tuple(raw.shape[1:]), False)
+        maps = F.interpolate(maps[:, None], image, mode="bilinear", align_corners=False)[:, 0]
+        return reference.display_map(maps, image, False)
+
     @abstractmethod
-    def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The logits [N, K], the classes [N, M] and the signed maps [N, M, S]; ``targets`` are [N, M], or None."""
+    def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+        """The logits [N, K], the classes [N, M], the signed maps [N, M, S] and their grid; ``targets`` are [N, M], or None."""
 
 
 def map_size(size: str | int | Sequence[int], grid: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...]:

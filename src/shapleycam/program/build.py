@@ -15,6 +15,7 @@ from ..plan import Plan, Settings
 from .base import Explained, Program, Recipe, map_size
 from .graph import ModelGraph, operator_of, plainly, said, trace
 from .pooled import PooledProgram
+from .sizes import check_sizes, tried
 from .traced import TracedProgram
 
 #: The relative error up to which a program counts as the explainer that it was made from.
@@ -29,18 +30,26 @@ def build(
     targets: str,
     size: str | int | Sequence[int],
     all_classes: bool = False,
+    dynamic_size: bool = False,
 ) -> Program:
     """The program of a studied explainer, compared with it; arguments and errors as :meth:`shapleycam.Explainer.program`.
 
     Args:
         settings, plan: of the explainer.
         explain: the explainer, ``(images, targets) -> Explanation``.
-        images, targets, size, all_classes: as there.
+        images, targets, size, all_classes, dynamic_size: as there.
     """
     with torch.inference_mode(False), plainly(images.device):  # tensors of inference mode have no derivatives
         expected = explain(images, None)
-        program = assemble(settings, plan, expected, images, targets, size, all_classes)
+        least: tuple[int, ...] = ()
+        others: list[tuple[Tensor, Any]] = []
+        if dynamic_size:
+            check_sizes(settings, plan, expected, images, size)
+            least, others = tried(explain, plan, expected, images)
+        program = assemble(settings, plan, expected, images, targets, size, all_classes, least=least)
         _compare(program, explain, images, expected)
+        for other, meant in others:
+            _compare(program, explain, other, meant)
     return program
 
 
@@ -54,6 +63,7 @@ def assemble(
     all_classes: bool,
     converted: nn.Module | None = None,
     fold: bool = False,
+    least: tuple[int, ...] = (),
 ) -> Program:
     """The program, not compared yet.
 
@@ -62,8 +72,9 @@ def assemble(
         settings, plan, images, targets, size, all_classes: as for :func:`build`.
         converted: a copy of the model, in another dtype perhaps, whose weights are to be the program's own.
         fold: fold its batch normalisations.
+        least: height and width from which on any size is taken; empty for the images' own.
     """
-    recipe, pooled = _recipe(settings, plan, expected, images, targets, size), plan.facts.pooled
+    recipe, pooled = _recipe(settings, plan, expected, images, targets, size, least), plan.facts.pooled
     model, frozen = settings.model if converted is None else converted, converted is not None
     if frozen:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
@@ -89,7 +100,13 @@ def assemble(
 
 
 def _recipe(
-    settings: Settings, plan: Plan, expected: Any, images: Tensor, targets: str, size: str | int | Sequence[int]
+    settings: Settings,
+    plan: Plan,
+    expected: Any,
+    images: Tensor,
+    targets: str,
+    size: str | int | Sequence[int],
+    least: tuple[int, ...],
 ) -> Recipe:
     if len(plan.layers) != 1:
         raise ExportError(f"A program explains one target layer, and there are {len(plan.layers)}: make one for each.")
@@ -103,6 +120,7 @@ def _recipe(
     if engine == "midpoint":
         engine, path = "quadrature", replace(path, nodes=1)
     layout: Layout = expected.diagnostics.layouts[0]
+    wanted = map_size(size, layout.grid, expected.image_size)
     return Recipe(
         plan.layers[0][0],
         layout,
@@ -111,10 +129,11 @@ def _recipe(
         path,
         engine,
         tuple(images.shape[1:]),
-        map_size(size, layout.grid, expected.image_size),
+        str(size) if least else wanted,
         targets,
         plan.facts.writes,
         settings.images_as,
+        least,
     )
 
 

@@ -50,14 +50,14 @@ class PooledProgram(Program):
                 graph.spec,
             )
 
-    def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         logits, output = self._run(images)
         chosen = self._targets(logits, targets)
         alpha, a = self._channel_weights(logits, self.layout.view(output), chosen)
         # Behind the pooling, as in some runtimes the maximum of NaN and 0 is 0.
         known = (chosen >= 0) & (chosen < logits.shape[1])
         raw = torch.where(known[:, :, None], _pooled(self.method.pooling, alpha, a), float("nan"))
-        return logits, chosen, raw
+        return logits, chosen, raw, self.layout.grid_of(output) if self.least else self.layout.grid
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The logits [N, K] and the target layer's output."""

@@ -70,7 +70,7 @@ class TracedProgram(Program):
             return []
         return tensors_of(self.model, self._buffers, names)
 
-    def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _maps(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         inputs = self.trunk(*self._tensors(self._trunk_weights), images)
         classes = 1
         count = images.shape[0]
@@ -97,7 +97,8 @@ class TracedProgram(Program):
         known = (chosen >= 0) & (chosen < logits.shape[1])
         raw = torch.where(known[:, None], raw, float("nan"))
         shape = (-1, count)
-        return logits[:count], chosen.view(shape).T, raw.view(*shape, raw.shape[1]).transpose(0, 1)
+        maps = raw.view(*shape, raw.shape[1]).transpose(0, 1)
+        return logits[:count], chosen.view(shape).T, maps, self.layout.grid
 
 
 def _by_row(graph: ModelGraph) -> tuple[bool, ...]:

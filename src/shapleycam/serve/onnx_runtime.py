@@ -62,7 +62,8 @@ class OnnxRuntime:
         self.preprocess = preprocess or _preprocess(about, file)
         self.classes: Sequence[Sequence[str]] = [(str(n),) for n in about.get("classes", ())] if classes is None else classes
         shape = inputs["image"].shape
-        if inputs["image"].dtype != "float32" or tuple(shape[2:]) != tuple(self.preprocess.crop):
+        crop = zip(shape[2:], self.preprocess.crop, strict=False)
+        if inputs["image"].dtype != "float32" or len(shape) != 4 or any(size not in (None, side) for size, side in crop):
             raise InputError(
                 f"{file} takes {inputs['image'].dtype} {list(shape)}; the server, which prepares pictures itself, has float32 "
                 f"[N, 3, {self.preprocess.crop[0]}, {self.preprocess.crop[1]}]. Export it without pixels= and resize=."

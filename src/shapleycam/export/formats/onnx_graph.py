@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ...errors import ExportError
 from ...optional import need
 from ..metadata import Metadata
 
@@ -32,7 +33,18 @@ def _clean(model: Any) -> None:
 
 
 def _name_dimensions(model: Any, metadata: Metadata) -> None:
-    """Call the free dimensions what the metadata call them; the exporter has numbered symbols."""
+    """Call the free dimensions what the metadata call them; the exporter has numbered symbols and sums of them.
+
+    Raises:
+        ExportError: a dimension that is to be free is a number.
+    """
+    for value, port in zip((*model.graph.input, *model.graph.output), (*metadata.inputs, *metadata.outputs), strict=True):
+        for dimension, size in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
+            if isinstance(size, str) and dimension.HasField("dim_value"):
+                raise ExportError(
+                    f"The dimension {size!r} of {port.name!r} is to be free, and the model's graph has fixed it to "
+                    f"{dimension.dim_value}."
+                )
     names = {}
     for value, port in zip(model.graph.input, metadata.inputs, strict=True):
         for dimension, size in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
@@ -45,6 +57,10 @@ def _name_dimensions(model: Any, metadata: Metadata) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
                 dimension.dim_param = symbol.sub(lambda match: names[match[1]], dimension.dim_param)
+    for value, port in zip(model.graph.output, metadata.outputs, strict=True):
+        for dimension, size in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
+            if isinstance(size, str):
+                dimension.dim_param = size
 
 
 def _share_weights(graph: Any) -> None:

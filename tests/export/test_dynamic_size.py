@@ -1,0 +1,247 @@
+"""Artefacts for images of any height and width, against autograd in float64 at sizes that they were not made with."""
+
+import copy
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from shapleycam import Explainer, ExportError, InputError
+from shapleycam.export import export, load, make
+from shapleycam.program.pooled import PooledProgram
+
+from .conftest import CLASSES, PREPROCESS, SIZE
+
+ALL = ("prediction", "saliency_map", "raw_map", "target_class", "feature_vector")
+#: The least size of the small network, oblong ones, odd ones, and large ones.
+SIZES = [(4, 4), (4, 31), (13, 12), (12, 13), (64, 40), (101, 37)]
+
+
+def images_of(count, height, width):
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(height * 1000 + width + count))
+
+
+def off(found, expected):
+    expected = expected.detach()
+    assert found.shape == expected.shape
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def by_autograd(model, layer="auto"):
+    """Nothing of the closed form is in it."""
+    return Explainer(copy.deepcopy(model).double(), layer, engine="reverse_over_reverse")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_any_size_and_number(made, model, suffix):
+    artefact, precise = made(suffix, dynamic_size=True, outputs=ALL, targets="given"), by_autograd(model)
+    assert artefact.metadata.least_size == (4, 4) and artefact.metadata.image_size == (SIZE, SIZE)
+    for i, (height, width) in enumerate(SIZES):
+        images = images_of(1 + i % 3, height, width)
+        targets = torch.arange(len(images)) * 2
+        found, expected = artefact.explain(images, targets), precise(images.double(), targets)
+        assert found.maps.shape[1:] == (height, width) and found.raw.shape[1:] == ((height + 1) // 2, (width + 1) // 2)
+        assert off(found.logits, expected.logits) < 1e-5
+        assert off(found.raw, expected.raw) < 1e-5
+        assert off(found.maps, expected.heatmaps()) < 1e-4
+        assert off(found.features, precise.model[:3](images.double()).mean((2, 3))) < 1e-5
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_maps_of_several_and_all_classes(made, model, suffix):
+    precise, images = by_autograd(model), images_of(2, 9, 22)
+    several = made(suffix, dynamic_size=True, targets="several", maps="layer")
+    given = torch.tensor([[0, 5, 6]] * 2)
+    expected = precise(images.double(), given)
+    assert off(several.explain(images, given).maps, expected.heatmaps(expected.raw.shape[2:])) < 1e-4
+    everything = made(suffix, dynamic_size=True, targets="all", maps="raw").explain(images)
+    assert off(everything.maps, precise(images.double(), torch.arange(CLASSES).expand(2, -1)).raw) < 1e-5
+
+
+def test_pixels_are_not_resized(made, model):
+    artefact = made(dynamic_size=True, preprocess=PREPROCESS, pixels=True, maps="raw")
+    assert artefact.metadata.inputs[0].shape == ("n", "height", "width", 3)
+    mean, std = (torch.tensor(each, dtype=torch.float64) for each in (PREPROCESS.mean, PREPROCESS.std))
+    for height, width in ((SIZE, SIZE), (30, 7)):
+        pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+        expected = by_autograd(model)(((pixels.double() / 255 - mean) / std).permute(0, 3, 1, 2))
+        assert off(artefact.explain(pixels).maps, expected.raw) < 1e-5
+
+
+class Last(nn.Module):
+    """With the channels last at its target layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem = nn.Conv2d(3, 10, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.stem(images).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("engine", ["closed_form", "quadrature"])
+def test_channels_last_and_quadrature(tmp_path, engine):
+    model = Last().eval()
+    options = {"method": "shapleycam-h", "engine": engine}
+    artefact = export(
+        Explainer(model, "norm", **options), images_of(2, 21, 20), tmp_path / "a.onnx", dynamic_size=True, maps="raw"
+    )
+    options["engine"] = "reverse_over_reverse" if engine == "closed_form" else engine
+    precise = Explainer(copy.deepcopy(model).double(), "norm", **options)
+    for size in ((21, 20), (40, 8), (17, 33)):
+        images = images_of(3, *size)
+        assert off(artefact.explain(images).maps, precise(images.double()).raw) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("mobilenet_v2", {"width_mult": 0.25})])
+def test_networks_of_torchvision_in_both_runtimes(tmp_path, name, options):
+    pytest.importorskip("openvino")
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(2)
+    model = getattr(torchvision.models, name)(num_classes=12, **options).eval()
+    path, runtimes = tmp_path / "a.onnx", ["onnxruntime", "openvino"]
+    export(Explainer(model), images_of(2, 96, 96), path, dynamic_size=True, outputs=ALL[:3], runtimes=runtimes)
+    precise = by_autograd(model)
+    for runtime in runtimes:
+        artefact = load(path, runtime=runtime)
+        for i, size in enumerate(((64, 64), (96, 96), (65, 130), (161, 97))):
+            images = images_of(1 + i % 3, *size)
+            found, expected = artefact.explain(images), precise(images.double())
+            assert off(found.logits, expected.logits) < 1e-4
+            assert off(found.raw, expected.raw) < 1e-4
+            assert found.maps.shape == expected.heatmaps().shape and (found.maps - expected.heatmaps()).abs().max() < 1e-3
+
+
+def test_openvino(tmp_path, model, example):
+    pytest.importorskip("openvino")
+    path = tmp_path / "a.onnx"
+    export(Explainer(model), example, path, dynamic_size=True, outputs=ALL[:3], runtimes=["onnxruntime", "openvino"])
+    artefact, precise = load(path, runtime="openvino"), by_autograd(model)
+    for i, size in enumerate(SIZES):
+        images = images_of(1 + i % 3, *size)
+        found, expected = artefact.explain(images), precise(images.double())
+        assert off(found.raw, expected.raw) < 1e-5 and off(found.maps, expected.heatmaps()) < 1e-4
+
+
+def test_the_model_api_with_pixels(made):
+    openvino, models = pytest.importorskip("openvino"), pytest.importorskip("model_api.models")
+    from model_api.adapters import OpenvinoAdapter
+
+    artefact = made(dynamic_size=True, preprocess=PREPROCESS, pixels=True)
+    adapter = OpenvinoAdapter(openvino.Core(), str(artefact.path), plugin_config={"INFERENCE_PRECISION_HINT": "f32"})
+    pixels = numpy.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=numpy.uint8)
+    found = models.Model.create_model(adapter, preload=True)(pixels).saliency_map
+    numpy.testing.assert_allclose(found, artefact.explain(pixels[None]).maps, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_library(tmp_path, model, example):
+    artefact = export(Explainer(model), example, tmp_path / "a.pt2", format="aoti", dynamic_size=True, outputs=ALL[:3])
+    precise = by_autograd(model)
+    for i, size in enumerate(SIZES):
+        images = images_of(1 + i % 3, *size)
+        found, expected = artefact.explain(images), precise(images.double())
+        assert off(found.raw, expected.raw) < 1e-5 and off(found.maps, expected.heatmaps()) < 1e-4
+
+
+def test_what_the_file_says(made):
+    artefact = made(dynamic_size=True, outputs=ALL, targets="given")
+    session = onnxruntime.InferenceSession(artefact.path, providers=["CPUExecutionProvider"])
+    assert [(value.name, value.shape) for value in (*session.get_inputs(), *session.get_outputs())] == [
+        ("image", ["n", 3, "height", "width"]),
+        ("target", ["n"]),
+        ("prediction", ["n", CLASSES]),
+        ("saliency_map", ["n", "height", "width"]),
+        ("raw_map", ["n", "grid_height", "grid_width"]),
+        ("target_class", ["n"]),
+        ("feature_vector", ["n", 12]),
+    ]
+    onnx.checker.check_model(str(artefact.path), full_check=True)
+    sizes = artefact.metadata.checks["onnxruntime"]["sizes"]
+    assert sizes[:2] == ((SIZE, SIZE),) * 2 and (4, 4) in sizes and any(height != width for height, width in sizes)
+
+
+def test_images_that_are_too_small_or_none(made):
+    artefact = made(dynamic_size=True, outputs=ALL, targets="given")
+    for size in ((3, 40), (40, 3)):
+        with pytest.raises(InputError, match=r"float32 \[N, 3, height, width\], height >= 4, width >= 4"):
+            artefact.explain(images_of(1, *size))
+    with pytest.raises(InputError, match="3, height, width"):
+        artefact.explain(torch.zeros(1, 4, 20, 20))
+
+
+def test_a_resize_has_one_size(model, example, tmp_path):
+    with pytest.raises(InputError, match="leave out dynamic_size=True"):
+        export(Explainer(model), example, tmp_path / "a.onnx", preprocess=PREPROCESS, resize=True, dynamic_size=True)
+
+
+class Branching(nn.Module):
+    """Other weights for large images: each road by itself is a sound network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 4, 3, padding=1)
+        self.classifier = nn.Linear(4, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.features(images)
+        if images.shape[2] > 100:
+            features = features * features
+        return self.classifier(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "a.pt2"])
+def test_a_model_that_looks_at_the_size(example, tmp_path, name):
+    """At 12 pixels, and wherever it is tried, the graph of the small road is right."""
+    with pytest.raises(ExportError, match=r"for such sizes only: .*height.*\b100\b"):
+        export(Explainer(Branching().eval(), "features"), example, tmp_path / name, dynamic_size=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "a.pt2"])
+def test_a_number_of_positions_that_became_a_constant_is_found(model, example, tmp_path, monkeypatch, name):
+    weights, trace = PooledProgram._channel_weights, make.trace
+
+    def constant(self, logits, activations, targets):
+        alpha, a = weights(self, logits, activations, targets)
+        return alpha * a.shape[2] / 36, a  # right at 12 x 12
+
+    def traced(*arguments):
+        monkeypatch.setattr(PooledProgram, "_channel_weights", constant)
+        return trace(*arguments)
+
+    monkeypatch.setattr(make, "trace", traced)
+    with pytest.raises(ExportError, match="it is off by"):
+        export(Explainer(model), example, tmp_path / name, dynamic_size=True, maps="raw")
+    monkeypatch.setattr(PooledProgram, "_channel_weights", weights)
+    export(Explainer(model), example, tmp_path / name, maps="raw")  # which is why other sizes are tried
+
+
+@pytest.mark.parametrize(("name", "said"), [("a.onnx", "is to be free, and .* fixed"), ("a.pt2", "does not run with images")])
+def test_a_graph_of_one_size_is_found(model, example, tmp_path, monkeypatch, name, said):
+    trace = make.trace
+
+    def fixed(interface, inputs, examples, least):
+        port = inputs[0]
+        return trace(interface, [type(port)(port.name, port.dtype, ("n", *examples[0].shape[1:]), "")], examples, {})
+
+    monkeypatch.setattr(make, "trace", fixed)
+    with pytest.raises(ExportError, match=said):
+        export(Explainer(model), example, tmp_path / name, dynamic_size=True)
+
+
+def test_the_file_alone(made, model):
+    """In float32 pixels by ONNX Runtime's own interface, at a size that nobody tried."""
+    session = onnxruntime.InferenceSession(made(dynamic_size=True, outputs=ALL, targets="given").path)
+    images = images_of(2, 50, 29)
+    [maps] = session.run(["saliency_map"], {"image": images.numpy(), "target": numpy.array([-1, 3])})
+    predicted = int(by_autograd(model).model(images.double())[0].argmax())
+    expected = by_autograd(model)(images.double(), torch.tensor([predicted, 3])).heatmaps()
+    assert off(torch.from_numpy(maps), expected) < 1e-4
