@@ -359,7 +359,8 @@ class Maps(Dataset[Map]):
                 where the source was given anew).
         """
         entry, made = self.entry(key), self.job["key"]
-        decode = Decoder(self.preprocess, made["decoder"], made["max_pixels"])
+        name = "auto" if made["decoder"] == "cuda" else made["decoder"]  # where it is looked at, no GPU need be
+        decode = Decoder(self.preprocess, name, made["max_pixels"])
         if self._given is not None:  # a copy has times of its own
             entry = entry._replace(changed=0)
         try:
