@@ -22,8 +22,8 @@ from torch import Tensor
 from shapleycam import Explainer, ops
 from shapleycam.attribute import Settings
 from shapleycam.attribute.job import ShardRunner
-from shapleycam.attribute.maps import raw_of
 from shapleycam.attribute.part import part_name
+from shapleycam.attribute.rows import raw_of
 
 from .attribute_job import BLOCK, RECIPE, Plain, classifier, interleaved, ratio, runner
 
