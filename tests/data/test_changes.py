@@ -164,6 +164,35 @@ def test_a_picture_that_is_named_between_others_that_are_held_is_checked_too(tmp
     assert source.load(entries[1]) == CONTENTS[0] and fingerprint_of(source) != before
 
 
+@pytest.mark.parametrize("order", [None, [3, 1, 0, 2]])
+def test_pictures_that_a_data_set_of_hugging_face_names_are_checked(tmp_path, order):
+    datasets = pytest.importorskip("datasets")
+    for n in range(3):
+        save(tmp_path / f"{n}.bmp", n)
+    cells = [
+        {"bytes": None, "path": str(tmp_path / "0.bmp")},
+        {"bytes": CONTENTS[0], "path": None},
+        {"bytes": None, "path": str(tmp_path / "2.bmp")},
+        None,
+    ]
+    data = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+    places = order or [0, 1, 2, 3]
+    source = open_source(data if order is None else data.select(order))
+    assert (source._rows._indices is None) == (order is None)
+    entries = dict(zip(places, source.entries(), strict=True))
+    before = fingerprint_of(source)
+    assert {n: entry.length >= 0 for n, entry in entries.items()} == {0: True, 1: False, 2: True, 3: False}
+    assert source.load(entries[0]) == (tmp_path / "0.bmp").read_bytes() and source.load(entries[1]) == CONTENTS[0]
+    for n in (0, 1):
+        save(tmp_path / f"{n}.bmp", 20 + n)
+        later(tmp_path / f"{n}.bmp")
+    save(tmp_path / "2.bmp", 2, (50, 40))
+    for n, said in ((0, "it was changed since"), (2, "it has")):
+        with pytest.raises(InputError, match=rf"{n}\.bmp is not what was listed: {said}"):
+            source.load(entries[n])
+    assert source.load(entries[1]) == CONTENTS[0] and fingerprint_of(source) != before
+
+
 def test_pictures_in_a_table_are_not_read_to_list_them(tmp_path, monkeypatch):
     """Also where no statistics say that every row has one, and a name that is no file's stands beside it."""
     cells = [{"bytes": content, "path": f"{n}.jpg"} for n, content in enumerate(CONTENTS)]

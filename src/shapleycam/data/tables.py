@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InputError
 from ..optional import need
 from .files import ARROW_ERRORS, Files, Found, LocalFiles, refuse_other, shown
-from .sources import Entry, Source, content_of, label_of, place_of
+from .sources import Entry, Source, content_of, label_of, local_file, paths_of, place_of
 
 _EXTRA = "attribute"
 _KEPT = 4  # pieces (row groups) in memory: threads that decode in order are rarely further apart
@@ -91,11 +91,8 @@ class Tables(Source):
                     row += 1
 
     def _local(self, path: str, named: str | None) -> Found | None:
-        """The file that a row of a table names, if it is one of this machine's; elsewhere it would be a request for each."""
-        if not named or ("://" in named and not named.startswith("file://")):
-            return None
-        files, place = place_of(named, self.files, self._folder_of(path))
-        return files.find(place) if isinstance(files, LocalFiles) else None
+        """The file that a row of a table names, if it is one of this machine's."""
+        return local_file(named, self.files, self._folder_of(path))
 
     def _folder_of(self, path: str) -> str:
         return self.files.join(self.folder, path).rpartition("/")[0] or "."
@@ -234,7 +231,7 @@ class _Pieces:
         if not need("pyarrow", _EXTRA).types.is_struct(kind) or kind.get_field_index("path") < 0:
             return None
         if self._table is not None:
-            return _instead(self.read(index, [image]).column(image))
+            return paths_of(self.read(index, [image]).column(image))
         group = self._meta.row_group(index)
         columns = {group.column(i).path_in_schema: group.column(i).statistics for i in range(group.num_columns)}
         said = columns.get(f"{image}.bytes")
@@ -247,18 +244,7 @@ class _Pieces:
             return paths
         if not any(path and there(path) for path in paths):
             return None
-        return _instead(self.read(index, [image]).column(image))
-
-
-def _instead(column: Any) -> list[str | None] | None:
-    """Of structs of "bytes" and "path" the paths of those without bytes; None if all have bytes."""
-    compute = need("pyarrow.compute", _EXTRA)
-    found: list[str | None] = []
-    for chunk in column.chunks:
-        bytes_, path = (compute.struct_field(chunk, name) for name in ("bytes", "path"))  # null where the struct is
-        empty = compute.equal(compute.fill_null(compute.binary_length(bytes_), 0), 0)
-        found += compute.if_else(empty, path, None).to_pylist()
-    return found if any(found) else None
+        return paths_of(self.read(index, [image]).column(image))
 
 
 def _arrow(files: Files, path: str) -> Any:
