@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import statistics
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -334,7 +335,7 @@ def section(result: dict[str, Any]) -> str:
             f"{bounds['times_of_prediction']:.2f} times as fast as it, and the network alone, with nothing to decode and "
             f"nothing to write, {bounds['times_of_forward']:.2f} times: "
             + (
-                "on this network and machine nothing that runs the network can reach it."
+                "on this machine no job that runs this network as it is can reach it."
                 if bounds["times_of_forward"] < 3
                 else "what is missing is the job's own."
             )
@@ -345,9 +346,9 @@ def section(result: dict[str, Any]) -> str:
         said.append(
             f"Ray Data's figure is that of a further picture, {long} pictures against {short}, as its start takes seconds: "
             f"{row['times']:.2f} × by the clock, {row['times_cpu']:.2f} × in CPU seconds of all its processes; the whole job "
-            f"of {long} is {row['times_whole_job']:.1f} ×."
+            f"of {long}, with its actor's start, is {row['times_whole_job']:.1f} ×."
         )
-    return "\n".join([*lines, "", *said, ""])
+    return "\n".join([*lines, "", *textwrap.wrap(" ".join(said), 128), *([""] if said else [])]) + "\n"
 
 
 def write_section(page: Path, result: dict[str, Any]) -> None:
