@@ -331,8 +331,8 @@ def section(result: dict[str, Any]) -> str:
     said = [f"The loop of pytorch-grad-cam was to be three times slower, and is{'' if row['times'] >= 3 else ' not'}."]
     if "times_of_prediction" in row:
         said.append(
-            f"A job that only predicts is {row['times_of_prediction']:.2f} times as fast as it, and the network alone, with nothing "
-            f"to decode and nothing to write, {row['times_of_forward']:.2f} times"
+            f"A job that only predicts is {row['times_of_prediction']:.2f} times as fast as it, and the network alone, with "
+            f"nothing to decode and nothing to write, {row['times_of_forward']:.2f} times"
             + (": no job that runs this network as it is can reach it here." if row["times_of_forward"] < 3 else ".")
         )
     if "ray" in result:
