@@ -5,7 +5,10 @@ them; it is the median over the blocks of one's seconds over the other's in the 
 the process's CPU time, all threads together, which others on the machine take little from; the clock's stand beside them.
 Pictures are generated: smooth noise with grain, JPEG of 500 × 375 and about 50 KB, as a photograph of ImageNet. Usage:
 
-    python -m bench.attribute [--out DIR] [--device cuda] [--images 2000] [--only NAME ...]
+    python -m bench.attribute [--out DIR] [--device cuda] [--images 2000] [--timed 448] [--only NAME ...]
+
+With ``--only`` the other steps' results stay. Loops are in bench/attribute_loops.py; their figures are written into
+docs/data_sets.md where ``--out`` is not given.
 """
 
 from __future__ import annotations
@@ -26,100 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from shapleycam import Explainer
 from shapleycam.attribute import Settings, open_maps
-from shapleycam.attribute.feed import Batch
 from shapleycam.attribute.folder import part_files
 from shapleycam.attribute.job import ShardRunner
-from shapleycam.attribute.part import Found
 from shapleycam.data.decoding import Decoder
-from shapleycam.data.images import Preprocess, read_image, to_picture
-from shapleycam.data.manifest import Manifest, write_manifest
-from shapleycam.data.sources import open_source
-from shapleycam.model.zoo import Classifier
+from shapleycam.data.manifest import Manifest
 
+from .attribute_job import BLOCK, RECIPE, Plain, classifier, interleaved, pictures, ratio, runner
+from .attribute_loops import loops, ray_data, write_section
 from .ops import commit, conditions
-
-BLOCK = 32  # pictures of a block, which is a shard
-RECIPE = Preprocess((224, 224), 256, "bilinear")
-
-
-def pictures(folder: Path, count: int, size: tuple[int, int] = (500, 375), quality: int = 88) -> Path:
-    """Generated JPEGs; made once."""
-    done = folder / ".done"
-    if done.exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    for n in range(count):
-        smooth = torch.rand(1, 3, 8, 10, generator=generator)
-        large = nn.functional.interpolate(smooth, (size[1], size[0]), mode="bicubic")[0]
-        grain = torch.randn(large.shape, generator=generator) * 0.03
-        pixels = (large + grain).clamp(0, 1).mul(255).byte().permute(1, 2, 0).contiguous()
-        to_picture(pixels).save(folder / f"{n:06}.jpg", quality=quality)
-    done.touch()
-    return folder
-
-
-def classifier(head: str, device: torch.device) -> Classifier:
-    """ResNet-18 with random weights; "pool-linear" is its own head, "mlp" has a hidden layer, which no closed form covers."""
-    import torchvision
-
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(weights=None)
-    if head == "mlp":
-        model.fc = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1000))
-    return Classifier(f"resnet18 {head}", model.to(device).eval(), RECIPE, (), "random")
-
-
-class Plain(ShardRunner):
-    """The same job without an explanation: decode, predict, write the class and its probability."""
-
-    def _explain(self, batch: Batch) -> Found | None:
-        if batch.views is None:
-            return None
-        with torch.inference_mode():
-            logits = self.classifier.model(self._images(batch.views))
-            best = logits.softmax(1).max(1)
-            value = logits.gather(1, best.indices[:, None])
-            nothing = torch.full_like(value, float("nan"))
-            numbers = torch.stack([best.values[:, None], value, nothing, nothing, nothing]).float()
-            maps = torch.zeros(
-                (len(logits), 1, *self._schema.field("map").type.shape), dtype=torch.float16, device=logits.device
-            )
-            finite = logits.isfinite().all(1)
-            return self._to_host(maps, numbers, best.indices[:, None], finite)
-
-
-def runner(kind: type[ShardRunner], model: Classifier, source: Path, place: Path, settings: Settings) -> ShardRunner:
-    place.mkdir(parents=True, exist_ok=True)
-    pictures = open_source(source)
-    write_manifest(pictures, place / "manifest.parquet", BLOCK)
-    return kind(model, pictures, place / "manifest.parquet", place, settings, {})
-
-
-Seconds = dict[str, list[float]]
-
-
-def interleaved(contenders: dict[str, Callable[[int], Any]], blocks: range) -> tuple[Seconds, Seconds]:
-    """Seconds of every contender on every block, in an order that turns: of the process's CPU time, and of the clock."""
-    names = list(contenders)
-    cpu: Seconds = {name: [] for name in names}
-    wall: Seconds = {name: [] for name in names}
-    for block in blocks:
-        for name in names[block % len(names) :] + names[: block % len(names)]:
-            began = time.process_time(), time.perf_counter()
-            contenders[name](block)
-            cpu[name].append(time.process_time() - began[0])
-            wall[name].append(time.perf_counter() - began[1])
-    return cpu, wall
-
-
-def ratio(seconds: Seconds, of: str, over: str) -> float:
-    """Median over the blocks of how much longer ``over`` takes than ``of``: the rate of ``of`` in units of ``over``'s."""
-    return statistics.median(b / a for a, b in zip(seconds[of], seconds[over], strict=True))
 
 
 def price(source: Path, work: Path, count: int, device: torch.device, settings: Settings) -> dict[str, Any]:
@@ -152,87 +71,6 @@ def price(source: Path, work: Path, count: int, device: torch.device, settings: 
         for each in both.values():
             each.close()
         print(f"{name}: {found[name]['of_plain']:.3f} of plain inference", flush=True)
-    return found
-
-
-def loops(source: Path, work: Path, count: int, device: torch.device, settings: Settings) -> dict[str, Any]:
-    """Pictures/s of the job over those of loops that people write."""
-    import numpy
-    from pytorch_grad_cam import ShapleyCAM
-    from torchvision import transforms
-
-    model = classifier("pool-linear", device)
-    ours = runner(ShardRunner, model, source, work / "ours", settings)
-    files = sorted(source.glob("*.jpg"))
-    recipe = transforms.Compose(
-        [
-            transforms.Resize(256),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize(RECIPE.mean, RECIPE.std),
-        ]
-    )
-
-    class Files(torch.utils.data.Dataset):
-        def __init__(self, chosen: list[Path]) -> None:
-            self.chosen = chosen
-
-        def __len__(self) -> int:
-            return len(self.chosen)
-
-        def __getitem__(self, index: int) -> tuple[Tensor, str]:
-            from PIL import Image
-
-            return recipe(Image.open(self.chosen[index]).convert("RGB")), self.chosen[index].stem
-
-    cam = ShapleyCAM(model=model.model, target_layers=[model.model.layer4[-1]])
-    (work / "npy").mkdir(parents=True, exist_ok=True)
-
-    def theirs(block: int) -> None:
-        chosen = files[block * BLOCK : (block + 1) * BLOCK]
-        for images, names in torch.utils.data.DataLoader(Files(chosen), batch_size=settings.batch_size):
-            for each, name in zip(cam(input_tensor=images.to(device), targets=None), names, strict=True):
-                numpy.save(work / "npy" / f"{name}.npy", each)
-
-    explainer = Explainer(model.model)
-
-    def by_map(block: int) -> None:
-        import datasets
-
-        data = datasets.Dataset.from_dict({"path": [str(f) for f in files[block * BLOCK : (block + 1) * BLOCK]]})
-
-        def explain(batch: dict[str, Any]) -> dict[str, Any]:
-            views = torch.stack([RECIPE.view(read_image(path)) for path in batch["path"]]).to(device)
-            return {"map": explainer(RECIPE.normalise(views)).raw.half().cpu().numpy()}
-
-        data.map(explain, batched=True, batch_size=settings.batch_size, new_fingerprint=f"block{block}")
-
-    contenders: dict[str, Callable[[int], Any]] = {"attribute": ours.run, "pytorch-grad-cam and np.save": theirs}
-    try:
-        import datasets
-
-        datasets.disable_progress_bars()
-        datasets.disable_caching()
-        contenders["datasets.map with our explainer"] = by_map
-    except ImportError:
-        print("datasets is not installed: left out", file=sys.stderr)
-    for each in contenders.values():
-        each(0)
-    blocks = range(1, 1 + max(count // BLOCK, 3))
-    cpu, wall = interleaved(contenders, blocks)
-    seconds = wall if device.type == "cuda" else cpu
-    ours.close()
-    found = {
-        name: {
-            "times": ratio(seconds, "attribute", name),
-            "times_by_the_clock": ratio(wall, "attribute", name),
-            "cpu_seconds": cpu[name],
-            "seconds": wall[name],
-        }
-        for name in contenders
-    }
-    for name, each in found.items():
-        print(f"{each['times']:.2f} × {name}", flush=True)
     return found
 
 
@@ -283,8 +121,9 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from bench.attribute import RECIPE, Preprocess, Classifier, Settings
-from shapleycam.attribute import attribute
+from shapleycam.attribute import Settings, attribute
+from shapleycam.data.images import Preprocess
+from shapleycam.model.zoo import Classifier
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1))
 model += nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
@@ -384,7 +223,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--timed", type=int, help="pictures that are timed per contender; all if not given")
     parser.add_argument("--large", type=int, default=20_000)
-    parser.add_argument("--only", nargs="*", default=["price", "loops", "decoders", "memory", "files", "schedule"])
+    parser.add_argument("--only", nargs="*", default=["price", "loops", "ray", "decoders", "memory", "files", "schedule"])
     options = parser.parse_args()
     device = torch.device(options.device)
     settings = Settings(batch_size=8 if device.type == "cpu" else 64, threads=len(os.sched_getaffinity(0)))
@@ -397,6 +236,7 @@ def main() -> None:
     steps: dict[str, Callable[[], Any]] = {
         "price": lambda: price(source, run, options.timed or options.images, device, settings),
         "loops": lambda: loops(source, run, (options.timed or options.images) // 4, device, settings),
+        "ray": lambda: ray_data(source, run, min(options.timed or 1000, options.images - 64), device, settings),
         "decoders": lambda: decoders(source, 100),
         "memory": lambda: memory(options.work, options.large),
         "files": lambda: files(options.work, options.large),
@@ -420,6 +260,8 @@ def main() -> None:
         result.setdefault("measured", {})[name] = {"commit": commit(), "load": os.getloadavg()[0]}
         file.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(run)
+    if options.out == parser.get_default("out") and device.type == "cpu":
+        write_section(Path("docs/data_sets.md"), result)
     print(f"written: {file}")
 
 

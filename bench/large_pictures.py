@@ -25,7 +25,7 @@ from shapleycam.data.decoding import Decoder
 from shapleycam.data.images import pixels_of, to_picture
 from shapleycam.model.zoo import load_classifier
 
-from .attribute import interleaved, ratio
+from .attribute_job import interleaved, ratio
 from .ops import conditions
 
 RESULT = Path(__file__).parent / "results" / "large-pictures-cpu.json"

@@ -13,9 +13,10 @@ pytest.importorskip("PIL")
 from pyarrow import parquet
 
 from shapleycam import Explainer, InputError, JobError
-from shapleycam.attribute import attribute, open_maps
+from shapleycam.attribute import attribute, local, open_maps
 from shapleycam.attribute.job import ShardRunner
 from shapleycam.attribute.local import Work
+from shapleycam.data import decoding
 from shapleycam.data.images import read_image
 from shapleycam.data.manifest import Manifest
 from shapleycam.data.sources import open_source
@@ -353,3 +354,27 @@ def test_the_manifest_cuts_the_same_shards(folder, tmp_path):
     with pytest.raises(InputError, match="shard_size"):
         write_manifest(open_source(folder), tmp_path / "c.parquet", 0)
     assert JobError.__mro__[1].__name__ == "ShapleyCamError"
+
+
+def test_pictures_that_a_gpu_decodes(classifier, folder, tmp_path, monkeypatch):
+    """A CPU in the place of the GPU, whose pictures are another result's; overlays need no GPU."""
+    decode_jpeg = pytest.importorskip("torchcodec.decoders").decode_jpeg
+    with pytest.raises(InputError, match="needs the model on a CUDA device, and it is on cpu"):
+        attribute(classifier, folder, tmp_path / "cuda", replace(SETTINGS, decoder="cuda"))
+    with pytest.raises(InputError, match="Unknown decoder 'gpu'"):
+        attribute(classifier, folder, tmp_path / "cuda", replace(SETTINGS, decoder="gpu"))
+    assert not (tmp_path / "cuda").exists()
+    asked = []
+    monkeypatch.setattr(
+        decoding, "nvjpeg", lambda device: lambda content: asked.append(1) or decode_jpeg(content, device=device)
+    )
+    monkeypatch.setattr(local, "_type_of", lambda devices, home: "cuda")
+    attribute(classifier, folder, tmp_path / "cuda", replace(SETTINGS, decoder="cuda"))
+    assert len(asked) >= 10  # of 21, every other is a PNG
+    attribute(classifier, folder, tmp_path / "auto", SETTINGS)
+    one, other = open_maps(tmp_path / "cuda"), open_maps(tmp_path / "auto")
+    assert one.job["key"]["decoder"] == "cuda" and list(one.keys()) == list(other.keys())
+    for a, b in zip(one, other, strict=True):
+        assert a.status == b.status and a.raw.nan_to_num().equal(b.raw.nan_to_num())
+    monkeypatch.undo()
+    assert one.overlay(0).equal(other.overlay(0))

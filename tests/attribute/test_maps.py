@@ -41,9 +41,9 @@ def test_rows_by_key_and_by_number(out):
 
 
 def test_hashes_that_agree(out, monkeypatch):
-    from shapleycam.attribute import maps as module
+    from shapleycam.attribute import rows
 
-    monkeypatch.setattr(module, "key_hash", lambda key: 7)
+    monkeypatch.setattr(rows, "key_hash", lambda key: 7)
     maps = open_maps(out)
     assert [maps.index(key) for key in list(maps.keys())] == list(range(23)) and "absent.jpg" not in maps
 

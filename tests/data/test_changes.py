@@ -123,6 +123,90 @@ def test_pictures_that_a_table_names_are_part_of_the_fingerprint(tmp_path, cell,
     assert source.load(entries[2]) and fingerprint_of(source)[0] != manifest.fingerprint
 
 
+@pytest.mark.parametrize("kind", ["parquet", "parquet without statistics", "arrow"])
+def test_a_picture_that_is_named_between_others_that_are_held_is_checked_too(tmp_path, kind):
+    """Of the row with both a path and bytes the bytes are the picture, and the file of that name is nobody's."""
+    for n in range(3):
+        save(tmp_path / f"{n}.bmp", n)
+    cells = [
+        {"bytes": None, "path": "0.bmp"},
+        {"bytes": CONTENTS[0], "path": "1.bmp"},
+        {"bytes": CONTENTS[1], "path": None},
+        None,
+        {"bytes": b"", "path": "2.bmp"},
+        {"bytes": CONTENTS[2], "path": "elsewhere.jpg"},
+    ]
+    table = pyarrow.table(
+        {"image": pyarrow.array(cells, pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))}
+    )
+    file = tmp_path / f"t.{kind[:7].strip()}"
+    if kind == "arrow":
+        with pyarrow.ipc.new_file(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    else:
+        parquet.write_table(table, file, row_group_size=3, write_statistics=kind == "parquet")
+    source = open_source(file)
+    entries, before = list(source.entries()), fingerprint_of(source)
+    assert [entry.length >= 0 for entry in entries] == [True, False, False, False, True, False]
+    named = [(tmp_path / f"{n}.bmp").read_bytes() for n in (0, 2)]
+    held = [named[0], CONTENTS[0], CONTENTS[1], None, named[1], CONTENTS[2]]
+    save(tmp_path / "1.bmp", 11, (50, 40))
+    assert fingerprint_of(source) == before
+    for entry, content in zip(entries, held, strict=True):
+        if content is not None:
+            assert source.load(entry) == content
+    for n in (0, 2):
+        save(tmp_path / f"{n}.bmp", 20 + n)
+        later(tmp_path / f"{n}.bmp")
+    for n in (0, 4):
+        with pytest.raises(InputError, match=r"\.bmp is not what was listed: it was changed since"):
+            source.load(entries[n])
+    assert source.load(entries[1]) == CONTENTS[0] and fingerprint_of(source) != before
+
+
+@pytest.mark.parametrize("order", [None, [3, 1, 0, 2]])
+def test_pictures_that_a_data_set_of_hugging_face_names_are_checked(tmp_path, order):
+    datasets = pytest.importorskip("datasets")
+    for n in range(3):
+        save(tmp_path / f"{n}.bmp", n)
+    cells = [
+        {"bytes": None, "path": str(tmp_path / "0.bmp")},
+        {"bytes": CONTENTS[0], "path": None},
+        {"bytes": None, "path": str(tmp_path / "2.bmp")},
+        None,
+    ]
+    data = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+    places = order or [0, 1, 2, 3]
+    source = open_source(data if order is None else data.select(order))
+    assert (source._rows._indices is None) == (order is None)
+    entries = dict(zip(places, source.entries(), strict=True))
+    before = fingerprint_of(source)
+    assert {n: entry.length >= 0 for n, entry in entries.items()} == {0: True, 1: False, 2: True, 3: False}
+    assert source.load(entries[0]) == (tmp_path / "0.bmp").read_bytes() and source.load(entries[1]) == CONTENTS[0]
+    for n in (0, 1):
+        save(tmp_path / f"{n}.bmp", 20 + n)
+        later(tmp_path / f"{n}.bmp")
+    save(tmp_path / "2.bmp", 2, (50, 40))
+    for n, said in ((0, "it was changed since"), (2, "it has")):
+        with pytest.raises(InputError, match=rf"{n}\.bmp is not what was listed: {said}"):
+            source.load(entries[n])
+    assert source.load(entries[1]) == CONTENTS[0] and fingerprint_of(source) != before
+
+
+def test_pictures_in_a_table_are_not_read_to_list_them(tmp_path, monkeypatch):
+    """Also where no statistics say that every row has one, and a name that is no file's stands beside it."""
+    cells = [{"bytes": content, "path": f"{n}.jpg"} for n, content in enumerate(CONTENTS)]
+    kinds = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    parquet.write_table(
+        pyarrow.table({"image": pyarrow.array(cells, kinds)}), tmp_path / "t.parquet", row_group_size=2, write_statistics=False
+    )
+    source, read, asked = open_source(tmp_path / "t.parquet"), tables._Pieces.read, []
+    monkeypatch.setattr(
+        tables._Pieces, "read", lambda self, index, columns: asked.append(columns) or read(self, index, columns)
+    )
+    assert [entry.length for entry in source.entries()] == [-1] * 6 and asked == [["image.path"]] * 3
+
+
 def test_addresses_in_a_table_are_asked_for_at_reading_only(tmp_path):
     pytest.importorskip("fsspec")
     parquet.write_table(pyarrow.table({"path": ["nonsense://x/1.jpg"]}), tmp_path / "t.parquet")

@@ -13,8 +13,9 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from shapleycam import InputError
+from shapleycam.data import decoding
 from shapleycam.data.decoding import Decoder, simple
-from shapleycam.data.images import Preprocess, pixels_of, read_image, to_picture
+from shapleycam.data.images import Preprocess, in_floats, pixels_of, read_image, takes_columns_first, to_picture
 
 RECIPE = Preprocess((20, 24), 28, "bicubic")
 
@@ -341,10 +342,114 @@ def test_damage_is_an_error_or_the_same_picture(name):
 def test_a_decoder_that_is_named_must_be_there(monkeypatch):
     import sys
 
-    from shapleycam.data import decoding
-
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     monkeypatch.setattr(decoding, "_torchcodec", decoding._torchcodec.__wrapped__)
     with pytest.raises(InputError, match=r"shapleycam\[decode\]"):
         Decoder(RECIPE, "torchcodec")
     assert decoding._torchcodec() is None and Decoder(RECIPE)(PICTURES["jpeg"], "a").width == 61
+
+
+# ------------------------------------------------------------------------------------------------- a GPU's part of the work
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """torchcodec on the CPU in the place of nvJPEG; gives what it was asked for."""
+    decoders, asked = pytest.importorskip("torchcodec.decoders"), []
+
+    def stand_in(device):
+        return lambda content: asked.append(content) or decoders.decode_jpeg(content, mode="RGB", device=device)
+
+    monkeypatch.setattr(decoding, "nvjpeg", stand_in)
+    return asked
+
+
+def rgb_jpeg():
+    """A JPEG whose three components are red, green and blue, which Adobe's segment says."""
+    return encoded(picture(), "JPEG", keep_rgb=True)
+
+
+def renamed(content, names):
+    """The components under other names, in the frame's header and in the scan's."""
+    frame, scan = content.index(b"\xff\xc0") + 10, content.index(b"\xff\xda") + 5
+    found = bytearray(content)
+    for n, name in enumerate(names):
+        found[frame + 3 * n] = found[scan + 2 * n] = name
+    return bytes(found)
+
+
+PLAIN = {"jpeg", "jpeg 4:4:4", "jpeg progressive", "jpeg grey", "jpeg turned 1"}
+ODD = {
+    "rgb": rgb_jpeg(),
+    "names of red, green and blue": renamed(PICTURES["jpeg 4:4:4"], b"RGB"),
+    "trailing": PICTURES["jpeg"] + b"\0",
+}
+
+
+@pytest.mark.parametrize("name", [*PICTURES, *ODD])
+def test_a_gpu_is_asked_for_plain_jpegs_only(name, on_gpu):
+    content = {**PICTURES, **ODD}[name]
+    found, expected = Decoder(RECIPE, "cuda")(content, name), Decoder(RECIPE, "pillow")(content, name)
+    assert on_gpu == ([content] if name in PLAIN else [])
+    assert torch.equal(found.view, expected.view) and found[1:] == expected[1:]
+
+
+def test_what_a_gpu_may_not_see_the_end_of(on_gpu):
+    cut = PICTURES["jpeg"][:-40]
+    with pytest.raises(InputError, match="cannot be read"):
+        Decoder(RECIPE, "cuda")(cut, "a")
+    with pytest.raises(InputError, match="more than the limit of 100"):
+        Decoder(RECIPE, "cuda", 100)(PICTURES["jpeg"], "a")
+    assert not on_gpu
+
+
+def test_of_a_gpu_its_own_failures_are_no_picture_s(monkeypatch):
+    """What it cannot decode goes the way of all others; that it has no memory left does not."""
+    raised = RuntimeError("nvjpeg: JPEG not supported")
+
+    def stand_in(device):
+        def fail(content):
+            raise raised
+
+        return fail
+
+    monkeypatch.setattr(decoding, "nvjpeg", stand_in)
+    decoder = Decoder(RECIPE, "cuda")
+    assert torch.equal(decoder(PICTURES["jpeg"], "a").view, Decoder(RECIPE, "pillow")(PICTURES["jpeg"], "a").view)
+    raised = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder(PICTURES["jpeg"], "a")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    with pytest.raises(InputError, match="needs the model on a CUDA device, and it is on cpu"):
+        Decoder(RECIPE, "cuda")
+    decoders, device = pytest.importorskip("torchcodec.decoders"), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="torch sees none here"):
+        Decoder(RECIPE, "cuda", device=device)
+
+    def without_cuda(content, *, mode, device):
+        assert read_image(io.BytesIO(content), "the sample").size == (16, 16)
+        raise RuntimeError(f"Unsupported device: {device}\nframe #0: ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(decoders, "decode_jpeg", without_cuda)
+    with pytest.raises(InputError, match=r"cannot decode on cuda:0 \(Unsupported device: cuda:0\): it needs a build for CUDA"):
+        Decoder(RECIPE, "cuda", device=device)
+    monkeypatch.delattr(decoders, "decode_jpeg")
+    with pytest.raises(InputError, match=r"needs torchcodec 0\.17 or newer"):
+        Decoder(RECIPE, "cuda", device=device)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(61, 43), (40, 200), (300, 31)])
+def test_the_resize_of_a_gpu_is_pillow_s(interpolation, size):
+    """In floats, rounded after each pass: a level off, as the resize of bytes is, on noise that makes bicubic overshoot."""
+    pixels = torch.randint(0, 2, (1, 3, size[1], size[0]), generator=torch.Generator().manual_seed(1)).mul(255).byte()
+    picture = to_picture(pixels[0].permute(1, 2, 0))
+    expected = pixels_of(picture.resize((29, 28), Image.Resampling[interpolation.upper()]))
+    columns_first = takes_columns_first() and size[1] - 28 > 2 * max(0, size[0] - 29)
+    between = (28, size[0]) if columns_first else (size[1], 29)
+    found = in_floats(pixels, [between, (28, 29)], interpolation)[0]
+    assert found.dtype == torch.uint8 and int((found.int() - expected.int()).abs().max()) <= 1

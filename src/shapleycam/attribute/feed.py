@@ -44,7 +44,8 @@ class Batch:
     Attributes:
         shard: which. first: the place of the first entry in it. last: whether it is the shard's last batch.
         found: what each entry gave.
-        views: uint8 [B, 3, H, W] in host memory (pinned for an accelerator); None if no picture could be read.
+        views: uint8 [B, 3, H, W] in host memory (pinned for an accelerator), or where the decoder puts them; None if no picture
+            could be read.
     """
 
     shard: int
@@ -140,10 +141,10 @@ class Feeder:
             rows = [each.view if isinstance(each, Decoded) else spare for each in found]
             rows += [spare] * (self._size - len(rows))
             shape = (self._size, *spare.shape)
-            if self._pinned:
+            if self._pinned and spare.device.type == "cpu":
                 views = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             else:  # as the views are, and as a CPU's convolutions are quickest (bench.attribute)
-                views = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+                views = torch.empty(shape, dtype=torch.uint8, device=spare.device, memory_format=torch.channels_last)
             torch.stack(rows, out=views)
         return Batch(shard, first, last, [task.entry for task in tasks], found, views)
 
@@ -199,7 +200,7 @@ class Feeder:
             return self._decoder(content, entry.key)
         except InputError as error:
             return Failure(kind, str(error).removeprefix(f"{entry.key} "))
-        except MemoryError:
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # the machine's, and no picture's
             raise
         except Exception as error:
             # One picture out of millions must not end the job, whatever a library makes of it; the row says what it was.

@@ -54,7 +54,7 @@ class Folder:
         self.key: dict[str, Any] = {
             **settings.key(),
             # torchcodec and Pillow give the same pixels
-            "decoder": settings.decoder if settings.decoder in ("exact", "scaled") else "auto",
+            "decoder": settings.decoder if settings.decoder in ("exact", "scaled", "cuda") else "auto",
             "model": classifier.name,
             "weights": classifier.fingerprint(),
             "classes": hashlib.sha256(json.dumps(classifier.classes).encode()).hexdigest(),  # a target's name means an index

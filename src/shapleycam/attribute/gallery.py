@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..data.images import to_picture
 from ..errors import InputError
-from .maps import Maps, raw_of
+from .maps import Maps
+from .rows import raw_of
 from .summary import Summary, concentration, entropy, first, first_class, groups, pick
 
 _MARK = "__DATA__"

@@ -124,7 +124,7 @@ class ShardRunner:
         )
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._stop = stop or threading.Event()
-        self._decoder = Decoder(classifier.preprocess, settings.decoder, settings.max_pixels)
+        self._decoder = Decoder(classifier.preprocess, settings.decoder, settings.max_pixels, self.device)
         self._class_of = self._target_reader()
         self._gap = bool(settings.gap)
         shown = self._study()
@@ -221,7 +221,7 @@ class ShardRunner:
 
     def _upload(self, views: Tensor) -> Tensor:
         """The views on the device; on CUDA by a stream of their own, beside what the network is still computing."""
-        if self._copies is None:
+        if self._copies is None or views.device.type != "cpu":
             return views.to(self.device)
         with torch.cuda.stream(self._copies):
             there = views.to(self.device, non_blocking=True)

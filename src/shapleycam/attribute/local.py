@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..data.decoding import Decoder
 from ..data.sources import Source, open_source
 from ..errors import InputError
 from ..model.zoo import Classifier
@@ -124,7 +125,12 @@ def attribute(
     settings, pictures, stop = settings or Settings(), open_source(source), stop or threading.Event()
     _refuse_the_source(Path(out), pictures)
     home = next(classifier.model.parameters()).device
-    folder = Folder(Path(out), classifier, pictures, settings, shard_size, _type_of(devices, home))
+    kind = _type_of(devices, home)
+    if settings.decoder != "cuda":
+        Decoder(classifier.preprocess, settings.decoder, settings.max_pixels)  # before anything is written
+    elif kind != "cuda":  # whether it can decode there, each worker sees
+        raise InputError(f"The decoder 'cuda' needs the model on a CUDA device, and it is on {kind}: choose another decoder.")
+    folder = Folder(Path(out), classifier, pictures, settings, shard_size, kind)
     with folder.locked():
         folder.open(restart=restart)
         outcome = Outcome(folder.path, folder.manifest.count, parts=folder.manifest.shards)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import operator
-import threading
-from bisect import bisect_right
-from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,18 +16,14 @@ from torch.utils.data import Dataset
 
 from .. import ops
 from ..data.decoding import Decoder
-from ..data.files import ARROW_ERRORS
 from ..data.images import Preprocess
-from ..data.manifest import Manifest, key_hash
+from ..data.manifest import Manifest
 from ..data.sources import Entry, Source, open_source
 from ..errors import InputError
 from ..optional import need
 from . import exchange
-from .folder import MANIFEST, part_files, read_job
-from .part import LAYOUT
-
-_EXTRA = "attribute"
-_FILES, _GROUPS = 8, 8  # open files and row groups in memory
+from .folder import read_job
+from .rows import Rows, raw_of, tensor_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,48 +81,28 @@ class Maps(Dataset[Map]):
         said: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in self.job["preprocess"].items()}
         self.preprocess = Preprocess(**said)
         self._given = source
-        self._start()
-        self._parts = sorted(part_files(self.path))
-        if not self._parts:
-            raise InputError(f"{self.path} has no finished part yet: run shapleycam attribute again.")
-        counts = [self.manifest.rows(k) for k in self._parts]
-        self._starts = [0, *accumulate(counts)]  # of the parts that are there, and the end
-
-    def _start(self) -> None:
-        self._lock = threading.RLock()
-        self._files: OrderedDict[int, Any] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
-        self._shard: tuple[int, list[Entry]] | None = None  # the entries of the part that was asked for last
+        self._rows = Rows(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "job", "preprocess", "_given", "_parts", "_starts")
-        return {name: self.__dict__[name] for name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+        return {name: self.__dict__[name] for name in ("path", "job", "preprocess", "_given", "_rows")}  # and no open source
 
     # ------------------------------------------------------------------------------------------------------- what there is
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._rows)
 
     def __repr__(self) -> str:
         return f"Maps({str(self.path)!r}: {len(self)} of {self.manifest.count} pictures, {self.job['key']['method']})"
 
-    @cached_property
+    @property
     def manifest(self) -> Manifest:
         """The list of the pictures."""
-        return Manifest(self.path / MANIFEST)
+        return self._rows.manifest
 
-    @cached_property
+    @property
     def statuses(self) -> dict[str, int]:
         """How many rows have each status."""
-        found: Counter[str] = Counter()
-        for k in self._parts:
-            said = self._file(k).metadata.metadata or {}
-            found.update({name[5:].decode(): int(count) for name, count in said.items() if name.startswith(b"rows:")})
-        return dict(found)
+        return self._rows.statuses
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -144,7 +116,7 @@ class Maps(Dataset[Map]):
     @property
     def grid(self) -> tuple[int, ...]:
         """Shape of a stored map: (h, w), or (M, h, w)."""
-        return tuple(self._file(self._parts[0]).schema_arrow.field("map").type.shape)
+        return self._rows.grid
 
     def keys(self) -> Iterator[str]:
         """The keys, in order."""
@@ -152,7 +124,7 @@ class Maps(Dataset[Map]):
             yield from batch.column("key").to_pylist()
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._find(key) is not None
+        return isinstance(key, str) and self._rows.find(key) is not None
 
     # -------------------------------------------------------------------------------------------------------------- rows
 
@@ -181,103 +153,25 @@ class Maps(Dataset[Map]):
             if not -len(self) <= number < len(self):
                 raise IndexError(f"Row {number} is out of range: {self.path} has {len(self)} rows.")
             return number % len(self)
-        found = self._find(key)
+        found = self._rows.find(key)
         if found is None:
             raise InputError(f"{self.path} has no picture {key!r}.")
         return found
 
     def entry(self, key: str | int) -> Entry:
         """The picture of a row, as its source lists it."""
-        part, row = self._place(self.index(key))
-        with self._lock:
-            if self._shard is None or self._shard[0] != part:
-                self._shard = part, self.manifest.shard(self._parts[part])
-            return self._shard[1][row]
+        return self._rows.entry(self.index(key))
 
     def _row(self, index: int) -> Map:
-        part, row = self._place(index)
-        group, first = self._group(part, row)
-        one = group.slice(row - first, 1)
+        one = self._rows.read(index)
         values = {name: one.column(name)[0].as_py() for name in one.column_names if name not in ("map", "scale")}
         return Map(**values, raw=raw_of(one)[0])
-
-    def _place(self, index: int) -> tuple[int, int]:
-        part = bisect_right(self._starts, index) - 1
-        return part, index - self._starts[part]
-
-    def _group(self, part: int, row: int) -> tuple[Any, int]:
-        """The row group that holds a row of a part, and its first row."""
-        with self._lock:
-            file = self._file(self._parts[part])
-            meta, first, g = file.metadata, 0, 0
-            while row >= first + meta.row_group(g).num_rows:
-                first += meta.row_group(g).num_rows
-                g += 1
-            table = self._groups.get((part, g))
-            if table is None:
-                table = self._groups[part, g] = file.read_row_group(g)
-                while len(self._groups) > _GROUPS:
-                    self._groups.popitem(last=False)
-            return table, first
-
-    def _file(self, k: int) -> Any:
-        with self._lock:
-            file = self._files.get(k)
-            if file is None:
-                file = self._files[k] = self._opened(k)
-                while len(self._files) > _FILES:
-                    self._files.popitem(last=False)
-            return file
-
-    def _opened(self, k: int) -> Any:
-        path = part_files(self.path, k)[k]
-        try:
-            file = need("pyarrow.parquet", _EXTRA).ParquetFile(path)
-        except ARROW_ERRORS as error:
-            raise InputError(f"{path} cannot be read: {error}. Remove it, and run shapleycam attribute again.") from error
-        said = file.metadata.metadata or {}
-        layout = said.get(b"shapleycam:layout", b"").decode()
-        whole = said.get(b"shapleycam:shard") == b"%d" % k and file.metadata.num_rows == self.manifest.rows(k)
-        if layout != LAYOUT or not whole:
-            raise InputError(f"{path} has layout {layout!r}, or not its rows: remove it, and run shapleycam attribute again.")
-        return file
-
-    # --------------------------------------------------------------------------------------------------------- the index
-
-    @cached_property
-    def _index(self) -> tuple[Tensor, Tensor]:
-        """(hashes of all keys, sorted; their places in the manifest): 16 bytes a key."""
-        parquet = need("pyarrow.parquet", _EXTRA)
-        hashes = [
-            key_hash(key)
-            for batch in parquet.ParquetFile(self.path / MANIFEST).iter_batches(columns=["key"])
-            for key in batch.column(0).to_pylist()
-        ]
-        ordered = torch.tensor(hashes, dtype=torch.int64).sort()
-        return ordered.values, ordered.indices
-
-    def _find(self, key: str) -> int | None:
-        hashes, places = self._index
-        wanted = torch.tensor(key_hash(key), dtype=torch.int64)
-        at = int(torch.searchsorted(hashes, wanted))
-        while at < len(hashes) and hashes[at] == wanted:  # hashes may agree where keys do not
-            k, row = divmod(int(places[at]), self.manifest.shard_size)
-            part = bisect_right(self._parts, k) - 1
-            if part >= 0 and self._parts[part] == k:
-                group, first = self._group(part, row)
-                if group.column("key")[row - first].as_py() == key:
-                    return self._starts[part] + row
-            at += 1
-        return None
 
     # ------------------------------------------------------------------------------------------------------ whole columns
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """The rows as ``pyarrow.Table``, one row group at a time."""
-        for k in self._parts:
-            file = self._opened(k)
-            for g in range(file.metadata.num_row_groups):
-                yield file.read_row_group(g, columns=columns)
+        return self._rows.tables(columns)
 
     def batches(self) -> Iterator[tuple[list[str], Tensor]]:
         """(keys, raw maps float32 [n, *grid]) of one row group at a time; NaN where there is no map."""
@@ -359,7 +253,8 @@ class Maps(Dataset[Map]):
                 where the source was given anew).
         """
         entry, made = self.entry(key), self.job["key"]
-        decode = Decoder(self.preprocess, made["decoder"], made["max_pixels"])
+        name = "auto" if made["decoder"] == "cuda" else made["decoder"]  # where it is looked at, no GPU need be
+        decode = Decoder(self.preprocess, name, made["max_pixels"])
         if self._given is not None:  # a copy has times of its own
             entry = entry._replace(changed=0)
         try:
@@ -404,30 +299,6 @@ class Maps(Dataset[Map]):
 def open_maps(path: str | PathLike[str], source: Source | Any = None) -> Maps:
     """Open the result of :func:`shapleycam.attribute.attribute`; arguments and errors as :class:`Maps`."""
     return Maps(path, source)
-
-
-def tensor_of(table: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The column "map" as a tensor [n, *grid], as it is stored: divided by the scale."""
-    column = table.column("map").combine_chunks()
-    if hasattr(column, "num_chunks"):
-        column = column.chunk(0)
-    storage = column.storage.flatten()  # respects the slice
-    start = storage.offset * 2
-    raw = bytearray(memoryview(storage.buffers()[1])[start : start + 2 * len(storage)])
-    shape = tuple(column.type.shape)
-    if not raw:
-        return torch.empty((0, *shape), dtype=dtype)
-    return torch.frombuffer(raw, dtype=torch.float16).view(-1, *shape).to(dtype)
-
-
-def raw_of(table: Any) -> Tensor:
-    """The signed maps of a table with the columns "map" and "scale", float32 [n, *grid]."""
-    maps, column = tensor_of(table), table.column("scale").combine_chunks()
-    if hasattr(column, "num_chunks"):
-        column = column.chunk(0)
-    flat = column.flatten() if maps.ndim == 4 else column
-    scales = torch.tensor(flat.to_numpy(zero_copy_only=False))  # NaN where there is none
-    return maps * scales.reshape(*maps.shape[:-2], 1, 1)
 
 
 def _pixels(start: float, stop: float, count: int) -> slice:

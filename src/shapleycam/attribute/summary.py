@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..data.samples import spread
-from .maps import Maps, raw_of
+from .maps import Maps
+from .rows import raw_of
 
 _TOP = 0.1  # the share of the positions whose part of the map is its concentration
 

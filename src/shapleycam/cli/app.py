@@ -296,7 +296,7 @@ def attribute(
         str,
         typer.Option(
             help="auto, torchcodec or pillow; exact also resizes by Pillow, as explain and evaluate do; scaled decodes large "
-            "JPEGs at a part of their size."
+            "JPEGs at a part of their size; cuda has the GPU decode JPEGs."
         ),
     ] = "auto",
     max_pixels: Annotated[int, typer.Option(min=1, help="A picture with more is not decoded.")] = 89_478_485,

@@ -196,7 +196,7 @@ class Preprocess:
         """The same of decoded pixels, by PyTorch's resize, several times faster: single levels differ by one, seldom by two.
 
         Args:
-            pixels: uint8 [3, height, width] of any strides; best with the channels innermost.
+            pixels: uint8 [3, height, width] of any strides; best with the channels innermost. The view is on their device.
             of: as for :meth:`view`.
 
         Raises:
@@ -209,8 +209,11 @@ class Preprocess:
         passes = [(height, width)]
         if takes_columns_first() and pixels.shape[1] - height > 2 * max(0, pixels.shape[2] - width):
             passes = [(height, pixels.shape[2]), (height, width)]  # levels are rounded, and cut off, after the first
-        for size in passes:
-            resized = torch.nn.functional.interpolate(resized, size, mode=self.interpolation, antialias=True)
+        if pixels.is_cuda:
+            resized = in_floats(resized, passes if len(passes) > 1 else [(pixels.shape[1], width), *passes], self.interpolation)
+        else:
+            for size in passes:
+                resized = torch.nn.functional.interpolate(resized, size, mode=self.interpolation, antialias=True)
         return resized[0, :, top : top + self.crop[0], left : left + self.crop[1]]
 
     def reduction(self, width: int, height: int) -> int:
@@ -255,6 +258,17 @@ class Preprocess:
     def __str__(self) -> str:
         side = self.resize if isinstance(self.resize, int) else f"{self.resize[1]} × {self.resize[0]}"
         return f"{self.interpolation} resize to {side}, centre crop {self.crop[1]} × {self.crop[0]}"
+
+
+def in_floats(pixels: Tensor, passes: Sequence[tuple[int, int]], interpolation: str) -> Tensor:
+    """Resize uint8 [N, 3, H, W] to one (height, width) after the other, where PyTorch has no antialiasing of bytes: on a GPU.
+
+    Levels are rounded, and cut off, after each, as Pillow does after its two.
+    """
+    for size in passes:
+        wide = torch.nn.functional.interpolate(pixels.float(), tuple(size), mode=interpolation, antialias=True)
+        pixels = wide.round_().clamp_(0, 255).byte()
+    return pixels
 
 
 @cache

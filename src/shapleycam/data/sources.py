@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..optional import need
-from .files import Files, LocalFiles, files_of, matches, shown
+from .files import Files, Found, LocalFiles, files_of, matches, shown
 from .images import image_endings
 
 
@@ -219,12 +219,17 @@ class HuggingFace(Source):
     def entries(self) -> Iterator[Entry]:
         small = [name for name in (self._key, self._label) if name]
         labels: Iterable[Any] = self._rows.select_columns(small) if small else ({} for _ in range(len(self._rows)))
+        named = paths_of(self._rows.data.column(self._image))
+        mapped = None if named is None or self._rows._indices is None else self._rows._indices.column(0)
         for row, values in enumerate(labels):
             label = values[self._label] if self._label else None
             if self._names and isinstance(label, int) and 0 <= label < len(self._names):
                 label = self._names[label]
             key = str(values[self._key]) if self._key else f"{row:08}"
-            yield Entry(key, self.address, row, label=label_of(label))
+            path = named[row if mapped is None else mapped[row].as_py()] if named else None
+            own = local_file(path, LocalFiles(), "")
+            length, changed = (-1, 0) if own is None else (own.size, own.changed)
+            yield Entry(key, self.address, row, length, changed=changed, label=label_of(label))
 
     def load(self, entry: Entry) -> bytes:
         row = self._rows[entry.offset]
@@ -232,9 +237,11 @@ class HuggingFace(Source):
             raise InputError(f"{entry.key} is not what was listed: the row is {str(row[self._key])!r} now.")
         content = content_of(row[self._image] or {}, entry.key)
         if isinstance(content, bytes):
+            if entry.length >= 0:
+                raise InputError(f"{entry.key} is not what was listed: the data set held a path.")
             return content
         files, path = place_of(content, LocalFiles(), "")
-        return files.read(path)
+        return files.read(path, size=entry.length, changed=entry.changed)
 
     def locate(self, entry: Entry) -> str:
         return f"{entry.path}:{entry.offset}"
@@ -344,6 +351,25 @@ def content_of(cell: Any, key: str) -> bytes | str:
 def place_of(path: str, files: Files, folder: str) -> tuple[Files, str]:
     """Where a path in a table leads: it is relative to the table's folder, or absolute, or an address."""
     return files_of(path) if path.startswith("/") or "://" in path else (files, files.join(folder, path))
+
+
+def local_file(path: str | None, files: Files, folder: str) -> Found | None:
+    """The file that a row names, if it is one of this machine's; elsewhere it would be a request for each."""
+    if not path or ("://" in path and not path.startswith("file://")):
+        return None
+    there, place = place_of(path, files, folder)
+    return there.find(place) if isinstance(there, LocalFiles) else None
+
+
+def paths_of(column: Any) -> list[str | None] | None:
+    """Of Arrow's structs of "bytes" and "path" the paths of those without bytes; None if all have bytes. No bytes are read."""
+    compute = need("pyarrow.compute", "attribute")
+    found: list[str | None] = []
+    for chunk in column.chunks:
+        content, path = (compute.struct_field(chunk, name) for name in ("bytes", "path"))  # null where the struct is
+        empty = compute.equal(compute.fill_null(compute.binary_length(content), 0), 0)
+        found += compute.if_else(empty, path, None).to_pylist()
+    return found if any(found) else None
 
 
 def label_of(value: Any) -> str | int | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 from ..errors import InputError
 from ..optional import need
 from .files import ARROW_ERRORS, Files, Found, LocalFiles, refuse_other, shown
-from .sources import Entry, Source, content_of, label_of, place_of
+from .sources import Entry, Source, content_of, label_of, local_file, paths_of, place_of
 
 _EXTRA = "attribute"
 _KEPT = 4  # pieces (row groups) in memory: threads that decode in order are rarely further apart
@@ -78,7 +79,7 @@ class Tables(Source):
                 table = pieces.read(index, small) if small else None
                 keys = table.column(self._key).to_pylist() if table is not None and self._key else None
                 labels = table.column(self._label).to_pylist() if table is not None and self._label else None
-                named = pieces.paths(index, self._image)
+                named = pieces.paths(index, self._image, partial(self._local, path))
                 for i in range(pieces.rows(index)):
                     key = f"{shown(path)}:{row}" if keys is None else str(keys[i])
                     label = None if labels is None else label_of(labels[i])
@@ -90,11 +91,8 @@ class Tables(Source):
                     row += 1
 
     def _local(self, path: str, named: str | None) -> Found | None:
-        """The file that a row of a table names, if it is one of this machine's; elsewhere it would be a request for each."""
-        if not named or ("://" in named and not named.startswith("file://")):
-            return None
-        files, place = place_of(named, self.files, self._folder_of(path))
-        return files.find(place) if isinstance(files, LocalFiles) else None
+        """The file that a row of a table names, if it is one of this machine's."""
+        return local_file(named, self.files, self._folder_of(path))
 
     def _folder_of(self, path: str) -> str:
         return self.files.join(self.folder, path).rpartition("/")[0] or "."
@@ -222,24 +220,31 @@ class _Pieces:
         except ARROW_ERRORS as error:
             raise InputError(f"{shown(self.path)} cannot be read: {error}") from error
 
-    def paths(self, index: int, image: str) -> list[str | None] | None:
-        """The paths in a piece's image column; None if it holds pictures, which would all have to be read to see."""
+    def paths(self, index: int, image: str, there: Callable[[str], object]) -> list[str | None] | None:
+        """The paths that a piece's image column holds in the place of pictures; None if it holds pictures only.
+
+        Of Parquet without statistics, or with both, pictures are read only where ``there`` knows a path beside one.
+        """
         kind = self.schema.field(image).type
         if _is_text(kind):
             return list(self.read(index, [image]).column(image).to_pylist())
         if not need("pyarrow", _EXTRA).types.is_struct(kind) or kind.get_field_index("path") < 0:
             return None
         if self._table is not None:
-            chunks = self.read(index, [image]).column(image).chunks
-            if any(chunk.field("bytes").null_count < len(chunk) for chunk in chunks):
-                return None
-            return [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+            return paths_of(self.read(index, [image]).column(image))
         group = self._meta.row_group(index)
         columns = {group.column(i).path_in_schema: group.column(i).statistics for i in range(group.num_columns)}
         said = columns.get(f"{image}.bytes")
-        if said is None or not said.has_null_count or said.null_count < self.counts[index]:
+        nulls = said.null_count if said is not None and said.has_null_count else None
+        if nulls == 0:
             return None
-        return [(cell or {}).get("path") for cell in self.read(index, [f"{image}.path"]).column(image).to_pylist()]
+        cells = self.read(index, [f"{image}.path"]).column(image).to_pylist()
+        paths = [(cell or {}).get("path") for cell in cells]
+        if nulls == self.counts[index]:
+            return paths
+        if not any(path and there(path) for path in paths):
+            return None
+        return paths_of(self.read(index, [image]).column(image))
 
 
 def _arrow(files: Files, path: str) -> Any:
