@@ -1,10 +1,7 @@
-"""Artefacts compiled by AOTInductor, in Python and in a C++ program without Python."""
+"""Artefacts compiled by AOTInductor."""
 
 import copy
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import numpy
 import pytest
@@ -17,7 +14,6 @@ from shapleycam.export.formats.aoti import Aoti
 
 from .conftest import CLASSES, PREPROCESS
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp_aoti"
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 OPTIONS = {"format": "aoti", "targets": "given", "preprocess": PREPROCESS, "resize": True}
@@ -45,41 +41,6 @@ def test_in_python(made, model):
     assert found.maps[2:].isnan().all()
     torch.testing.assert_close(found.maps[:2].double(), expected.heatmaps(), rtol=0, atol=1e-4)
     torch.testing.assert_close(found.logits[:2].double(), expected.logits.detach(), rtol=1e-4, atol=1e-5)
-
-
-@compiler
-@pytest.mark.long
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
-def test_in_cpp_without_python(made, tmp_path):
-    artefact = made(".pt2", **OPTIONS)
-    for command in (
-        ["cmake", "-S", EXAMPLE, "-B", tmp_path, f"-DTORCH={Path(torch.__file__).parent}"],
-        ["cmake", "--build", tmp_path],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    program = tmp_path / "explain"
-    assert "libpython" not in subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    Image.fromarray(picture()).save(tmp_path / "photo.ppm")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-
-    def run(*arguments):
-        command = [program, artefact.path, tmp_path / "photo.ppm", tmp_path / "map.pgm", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-    for target in (None, -1, 3):
-        done = run(*([] if target is None else [str(target)]))
-        assert done.returncode == 0, done.stderr
-        expected = artefact.explain(picture()[None], target)
-        chosen = int(expected.targets)
-        words = done.stdout.split()
-        assert words[:2] == ["class", f"{chosen},"]
-        assert float(words[3]) == pytest.approx(float(expected.logits.softmax(1)[0, chosen]), rel=1e-4)
-        found = numpy.array(Image.open(tmp_path / "map.pgm")).astype(float)
-        assert abs(found - 255 * expected.maps[0].numpy()).max() <= 0.51
-    assert run(str(CLASSES)).returncode == 2 and "no" not in run(str(CLASSES)).stdout
-    assert "not a number" in run(str(CLASSES)).stderr
-    assert run("cat").returncode == 2 and "CLASS must be a whole number, got 'cat'" in run("cat").stderr
 
 
 def test_without_a_compiler(model, example, tmp_path, monkeypatch):
