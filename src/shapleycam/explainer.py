@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import ops
 from .derivatives import ENGINES, Derivatives, Terms
 from .derivatives.path import as_path
-from .errors import InputError, ModelStateError
+from .errors import InputError, LayerError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .methods.perturbation import SOURCES, ForwardPass, check_chunk
 from .methods.reduce import reduce
@@ -33,7 +33,7 @@ from .model.inputs import Inputs, as_inputs
 from .model.layers import LayerSpec, check_stem
 from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
-from .model.state import ModeCheck, explained_by_state, refuse_frozen
+from .model.state import ModeCheck, blame_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
 from .program import MOST_GRAPHS, Captured, Compilation, Compiled, Program, build, compile_program
 from .utilities.named import Utility, UtilityFunction, get_utility
@@ -222,12 +222,13 @@ class Explainer:
             DerivativeError: no path from the layer to the utility, or an operator without the derivative needed.
             KernelMismatch: a fused operator was checked and is wrong.
         """
-        if with_norms and self.method.order == 0:
-            raise InputError(f"Method {self.method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
-        if with_gap and self.method.order == 0:
-            raise InputError(f"Method {self.method.name!r} has no derivatives, so it has no completeness gap.")
-        inputs = self.inputs(images, args, kwargs)
-        [explanation] = self._explain(inputs, targets, (self.method,), with_norms, with_gap)
+        method = self._settings.method
+        if with_norms and method.order == 0:
+            raise InputError(f"Method {method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
+        if with_gap and method.order == 0:
+            raise InputError(f"Method {method.name!r} has no derivatives, so it has no completeness gap.")
+        inputs = as_inputs(images, args, kwargs, self._settings.images_as)
+        [explanation] = self._explain(inputs, targets, (method,), with_norms, with_gap)
         return explanation
 
     def compare(
@@ -277,14 +278,18 @@ class Explainer:
                     )
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
-        with _out_of_inference(), explained_by_state(self.model), self._checking or _NOTHING:
-            self._check(inputs, targets)
-            plan, found = self._derive(inputs, targets, max(orders), wanted)
-            with torch.set_grad_enabled(False):
-                found.mark_images(inputs.images)
-                for note in found.notes:
-                    self._say(note)
-                return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
+        try:
+            with _out_of_inference(), self._checking or _NOTHING:
+                self._check(inputs, targets)
+                plan, found = self._derive(inputs, targets, max(orders), wanted)
+                with torch.set_grad_enabled(False):
+                    found.mark_images(inputs.images)
+                    for note in found.notes:
+                        self._say(note)
+                    return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
+        except (LayerError, RuntimeError) as error:
+            blame_state(self.model, error)
+            raise
 
     def _say(self, note: str) -> None:
         """Warn of something once; the explanations' notes repeat it."""
@@ -418,17 +423,21 @@ class Explainer:
         """
         inputs = self.inputs(images, args, kwargs)
         targets = as_targets(targets)
-        with _out_of_inference(), explained_by_state(self.model):
-            self._check(inputs, targets)
-            plan = self._plans.get(self.method.order)
-            if plan is None:
-                try:
-                    plan = self._study(self.method.order, inputs, targets)
-                except Outdated as change:
+        try:
+            with _out_of_inference():
+                self._check(inputs, targets)
+                plan = self._plans.get(self.method.order)
+                if plan is None:
                     try:
-                        plan = self._study(self.method.order, inputs, targets, without=str(change))
-                    except Outdated as again:
-                        raise _unsteady(str(again)) from None
+                        plan = self._study(self.method.order, inputs, targets)
+                    except Outdated as change:
+                        try:
+                            plan = self._study(self.method.order, inputs, targets, without=str(change))
+                        except Outdated as again:
+                            raise _unsteady(str(again)) from None
+        except (LayerError, RuntimeError) as error:
+            blame_state(self.model, error)
+            raise
         return plan
 
     def program(

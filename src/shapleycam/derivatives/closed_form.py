@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..model.capture import Capture
 from ..model.pooled_linear import Outdated
 from ..utilities.named import Utility, evaluate
 from .autograd import differentiate
@@ -26,28 +27,28 @@ def closed_form(request: Request) -> Derivatives:
     Raises:
         Outdated: this forward pass did not end in that classifier, or it did not read that mean.
     """
-    with torch.no_grad():
-        found, outputs = forward(request, "closed_form")
+    assert request.head is not None
+    with request.capture(gradients=False, linear=request.head.linear) as capture:  # gradients are off in there
+        found, outputs = forward(request, capture, "closed_form")
         _fill(request, found)
         add_values(request, found, outputs)
     return found
 
 
-def forward(request: Request, engine: str) -> tuple[Derivatives, Any]:
+def forward(request: Request, capture: Capture, engine: str) -> tuple[Derivatives, Any]:
     """A forward pass that is seen to end in the pool-and-linear head: (the answer as far as it goes, the model's outputs).
 
     Raises:
         Outdated: as :func:`closed_form`.
     """
     assert request.head is not None
-    with request.capture(gradients=False, linear=request.head.linear) as capture:
-        outputs = capture.run(request.inputs)
-        if capture.layers[0].written and not request.writes:
-            raise Outdated("an operator writes into the target layer's output")
-        found = request.start(capture, outputs, engine)
-        [term] = found.terms
-        found.mark(request.head.still_holds(capture, found.logits, term.activations))
-        assert found.logits is not None and found.targets is not None
+    outputs = capture.run(request.inputs)
+    if capture.layers[0].written and not request.writes:
+        raise Outdated("an operator writes into the target layer's output")
+    found = request.start(capture, outputs, engine)
+    [term] = found.terms
+    found.mark(request.head.still_holds(capture, found.logits, term.activations))
+    assert found.logits is not None and found.targets is not None
     return found, outputs
 
 
