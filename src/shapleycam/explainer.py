@@ -339,15 +339,16 @@ class Explainer:
         with_norms: bool,
         with_gap: bool,
     ) -> Explanation:
-        images, several = inputs.images, isinstance(targets, Tensor) and targets.ndim == 2
+        settings, images, several = self._settings, inputs.images, isinstance(targets, Tensor) and targets.ndim == 2
         on_host = images.device.type == "cpu"  # where asking for a number waits for nothing
-        raws, served = [], "torch"
+        raws, served, finite = [], "torch", True
         for index, term in enumerate(found.terms):
             source = SOURCES.get(method.source)
             alpha = None if source is None else source(self._shown(plan, found, index, inputs))
             raw, served = self._reduce(method, term, alpha, found.classes)  # [N, M, S]
             raw = raw if found.nan_mark is None else raw + found.nan_mark[:, None, None].to(raw.dtype)
-            raws.append(raw.view(*(raw.shape[:2] if several else raw.shape[:1]), *term.layout.grid))
+            finite = finite and (not on_host or isfinite(raw.sum().item()))
+            raws.append(raw.view(*(raw.shape[:2] if several else (-1,)), *term.layout.grid))
 
         ends = with_gap or (found.nodes is not None and found.baseline is not None)  # "auto" knows the gap anyway
         picked = [found.targets, found.norm_ratio() if with_norms else None, found.gap(method.order) if ends else None]
@@ -361,21 +362,21 @@ class Explainer:
             image_size=found.terms[0].layout.space(images.shape),
             diagnostics=Diagnostics(
                 method=method.name,
-                utility=self.utility.name,
+                utility=settings.utility.name,
                 engine=found.engine if method.order else "none",
                 backend=served,
                 layers=tuple([name for name, _ in plan.layers]),
                 layouts=tuple([term.layout for term in found.terms]),
                 notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ()), *found.notes),
-                baseline=self._settings.path.start,
+                baseline=settings.path.start,
                 nodes=found.nodes if method.order == 2 else None,
             ),
-            standard_errors=self._errors(method, found, several),
+            standard_errors=None if found.standard_errors is None else self._errors(method, found, several),
             hvp_ratio=picked[1],
             gap=picked[2],
-            backend=self.backend,
+            backend=settings.backend,
         )
-        if on_host and not all(isfinite(raw.sum().item()) for raw in raws) and not bool(explanation.finite.all()):
+        if not finite and not bool(explanation.finite.all()):
             wrong = [i for i in (~explanation.finite).nonzero().flatten().tolist() if i not in found.undefined]
             if wrong:
                 warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
@@ -383,8 +384,9 @@ class Explainer:
 
     @staticmethod
     def _errors(method: Method, found: Derivatives, several: bool) -> tuple[Tensor, ...] | None:
-        if found.standard_errors is None or method.order < 2:
+        if method.order < 2:
             return None
+        assert found.standard_errors is not None
         shaped = [e.unflatten(2, term.layout.grid) for e, term in zip(found.standard_errors, found.terms, strict=True)]
         return tuple(e if several else e[:, 0] for e in shaped)
 
@@ -404,7 +406,7 @@ class Explainer:
         )
 
     def _reduce(self, method: Method, term: Terms, alpha: Tensor | None, classes: int) -> tuple[Tensor, str]:
-        return reduce(method, term, alpha, classes, self.backend)
+        return reduce(method, term, alpha, classes, self._settings.backend)
 
     # ------------------------------------------------------------------------------------------- what it remembers
 

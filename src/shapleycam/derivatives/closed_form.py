@@ -79,6 +79,7 @@ def add_values(request: Request, found: Derivatives, outputs: Any) -> None:
 def _fill(request: Request, found: Derivatives) -> None:
     assert request.head is not None and found.logits is not None and found.targets is not None
     [term], linear, utility = found.terms, request.head.linear, request.utility
+    weight = linear.weight
     scale = 1 / max(term.activations.shape[2], 1)
     if request.weights_only and utility.fused and (request.path.from_zero or request.order < 2):
         weights = ops.utility_rows(
@@ -90,13 +91,13 @@ def _fill(request: Request, found: Derivatives) -> None:
             scale=scale,
             backend=request.backend,
         )
-        term.weights = ops.head_weights(weights, linear.weight, backend=request.backend)
+        term.weights = ops.head_weights(weights, weight, backend=request.backend)
         return
     z = found.logits if found.logits.dtype in (torch.float32, torch.float64) else found.logits.float()
     z0 = z - logits_at_baseline(request, found)
     first, second = logit_derivatives(utility, z, z0, found.targets, request.order)
-    gradient = ops.head_weights(first, linear.weight, backend=request.backend) * scale
-    hvp = None if second is None else ops.head_weights(second, linear.weight, backend=request.backend) * scale
+    gradient = ops.head_weights(first, weight, backend=request.backend) * scale
+    hvp = None if second is None else ops.head_weights(second, weight, backend=request.backend) * scale
     term.gradients = [gradient[:, m, :, None] for m in range(gradient.shape[1])]
     term.hvps = [None if hvp is None else hvp[:, m, :, None] for m in range(gradient.shape[1])]
 

@@ -197,10 +197,6 @@ def check_stem(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
         hint = " The channels come second: images.movedim(-1, 1)." if images.shape[-1] == channels else ""
         raise InputError(f"images must have {channels} channels for this model, got shape {shown(images.shape)}.{hint}")
     if images.device != weight.device:
-        raise InputError(
-            f"images are on {images.device}, the model is on {weight.device}: images.to({str(weight.device)!r})."
-        )
+        raise InputError(f"images are on {images.device}, the model is on {weight.device}: images.to({str(weight.device)!r}).")
     if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise InputError(
-            f"images are {images.dtype}, the model is {weight.dtype}: images.to({weight.dtype}), or use autocast."
-        )
+        raise InputError(f"images are {images.dtype}, the model is {weight.dtype}: images.to({weight.dtype}), or use autocast.")
