@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import ops
 from .derivatives import ENGINES, Derivatives, Terms
 from .derivatives.path import as_path
-from .errors import InputError, ModelStateError
+from .errors import InputError, LayerError, ModelStateError
 from .explanation import Diagnostics, Explanation
 from .methods.perturbation import SOURCES, ForwardPass, check_chunk
 from .methods.reduce import reduce
@@ -33,7 +33,7 @@ from .model.inputs import Inputs, as_inputs
 from .model.layers import LayerSpec, check_stem
 from .model.layouts import Layout, ReshapeTransform
 from .model.pooled_linear import Outdated
-from .model.state import ModeCheck, explained_by_state, refuse_frozen
+from .model.state import ModeCheck, blame_state, refuse_frozen
 from .plan import Facts, Plan, Settings, layer_names, study, warn
 from .program import MOST_GRAPHS, Captured, Compilation, Compiled, Program, build, compile_program
 from .utilities.named import Utility, UtilityFunction, get_utility
@@ -222,12 +222,13 @@ class Explainer:
             DerivativeError: no path from the layer to the utility, or an operator without the derivative needed.
             KernelMismatch: a fused operator was checked and is wrong.
         """
-        if with_norms and self.method.order == 0:
-            raise InputError(f"Method {self.method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
-        if with_gap and self.method.order == 0:
-            raise InputError(f"Method {self.method.name!r} has no derivatives, so it has no completeness gap.")
-        inputs = self.inputs(images, args, kwargs)
-        [explanation] = self._explain(inputs, targets, (self.method,), with_norms, with_gap)
+        method = self._settings.method
+        if with_norms and method.order == 0:
+            raise InputError(f"Method {method.name!r} has no derivatives, so with_norms=True has nothing to compare.")
+        if with_gap and method.order == 0:
+            raise InputError(f"Method {method.name!r} has no derivatives, so it has no completeness gap.")
+        inputs = as_inputs(images, args, kwargs, self._settings.images_as)
+        [explanation] = self._explain(inputs, targets, (method,), with_norms, with_gap)
         return explanation
 
     def compare(
@@ -277,14 +278,18 @@ class Explainer:
                     )
         # First-order methods read g, and norms are those of g and HA; other maps and the gap need their combination only.
         wanted = {"with_baseline": with_gap, "weights_only": not with_norms and not {1, 2} <= orders}
-        with _out_of_inference(), explained_by_state(self.model), self._checking or _NOTHING:
-            self._check(inputs, targets)
-            plan, found = self._derive(inputs, targets, max(orders), wanted)
-            with torch.set_grad_enabled(False):
-                found.mark_images(inputs.images)
-                for note in found.notes:
-                    self._say(note)
-                return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
+        try:
+            with _out_of_inference(), self._checking or _NOTHING:
+                self._check(inputs, targets)
+                plan, found = self._derive(inputs, targets, max(orders), wanted)
+                with torch.set_grad_enabled(False):
+                    found.mark_images(inputs.images)
+                    for note in found.notes:
+                        self._say(note)
+                    return [self._finish(method, plan, found, inputs, targets, with_norms, with_gap) for method in methods]
+        except (LayerError, RuntimeError) as error:
+            blame_state(self.model, error)
+            raise
 
     def _say(self, note: str) -> None:
         """Warn of something once; the explanations' notes repeat it."""
@@ -334,15 +339,16 @@ class Explainer:
         with_norms: bool,
         with_gap: bool,
     ) -> Explanation:
-        images, several = inputs.images, isinstance(targets, Tensor) and targets.ndim == 2
+        settings, images, several = self._settings, inputs.images, isinstance(targets, Tensor) and targets.ndim == 2
         on_host = images.device.type == "cpu"  # where asking for a number waits for nothing
-        raws, served = [], "torch"
+        raws, served, finite = [], "torch", True
         for index, term in enumerate(found.terms):
             source = SOURCES.get(method.source)
             alpha = None if source is None else source(self._shown(plan, found, index, inputs))
             raw, served = self._reduce(method, term, alpha, found.classes)  # [N, M, S]
             raw = raw if found.nan_mark is None else raw + found.nan_mark[:, None, None].to(raw.dtype)
-            raws.append(raw.view(*(raw.shape[:2] if several else raw.shape[:1]), *term.layout.grid))
+            finite = finite and (not on_host or isfinite(raw.sum().item()))
+            raws.append(raw.view(*(raw.shape[:2] if several else (-1,)), *term.layout.grid))
 
         ends = with_gap or (found.nodes is not None and found.baseline is not None)  # "auto" knows the gap anyway
         picked = [found.targets, found.norm_ratio() if with_norms else None, found.gap(method.order) if ends else None]
@@ -356,21 +362,21 @@ class Explainer:
             image_size=found.terms[0].layout.space(images.shape),
             diagnostics=Diagnostics(
                 method=method.name,
-                utility=self.utility.name,
+                utility=settings.utility.name,
                 engine=found.engine if method.order else "none",
                 backend=served,
                 layers=tuple([name for name, _ in plan.layers]),
                 layouts=tuple([term.layout for term in found.terms]),
                 notes=(*plan.facts.notes, *(plan.notes if method.order == 2 else ()), *found.notes),
-                baseline=self._settings.path.start,
+                baseline=settings.path.start,
                 nodes=found.nodes if method.order == 2 else None,
             ),
-            standard_errors=self._errors(method, found, several),
+            standard_errors=None if found.standard_errors is None else self._errors(method, found, several),
             hvp_ratio=picked[1],
             gap=picked[2],
-            backend=self.backend,
+            backend=settings.backend,
         )
-        if on_host and not all(isfinite(raw.sum().item()) for raw in raws) and not bool(explanation.finite.all()):
+        if not finite and not bool(explanation.finite.all()):
             wrong = [i for i in (~explanation.finite).nonzero().flatten().tolist() if i not in found.undefined]
             if wrong:
                 warn(f"The maps of images {wrong} are not finite: NaN or Inf in the image or in the activations. They are NaN.")
@@ -378,8 +384,9 @@ class Explainer:
 
     @staticmethod
     def _errors(method: Method, found: Derivatives, several: bool) -> tuple[Tensor, ...] | None:
-        if found.standard_errors is None or method.order < 2:
+        if method.order < 2:
             return None
+        assert found.standard_errors is not None
         shaped = [e.unflatten(2, term.layout.grid) for e, term in zip(found.standard_errors, found.terms, strict=True)]
         return tuple(e if several else e[:, 0] for e in shaped)
 
@@ -399,7 +406,7 @@ class Explainer:
         )
 
     def _reduce(self, method: Method, term: Terms, alpha: Tensor | None, classes: int) -> tuple[Tensor, str]:
-        return reduce(method, term, alpha, classes, self.backend)
+        return reduce(method, term, alpha, classes, self._settings.backend)
 
     # ------------------------------------------------------------------------------------------- what it remembers
 
@@ -418,17 +425,21 @@ class Explainer:
         """
         inputs = self.inputs(images, args, kwargs)
         targets = as_targets(targets)
-        with _out_of_inference(), explained_by_state(self.model):
-            self._check(inputs, targets)
-            plan = self._plans.get(self.method.order)
-            if plan is None:
-                try:
-                    plan = self._study(self.method.order, inputs, targets)
-                except Outdated as change:
+        try:
+            with _out_of_inference():
+                self._check(inputs, targets)
+                plan = self._plans.get(self.method.order)
+                if plan is None:
                     try:
-                        plan = self._study(self.method.order, inputs, targets, without=str(change))
-                    except Outdated as again:
-                        raise _unsteady(str(again)) from None
+                        plan = self._study(self.method.order, inputs, targets)
+                    except Outdated as change:
+                        try:
+                            plan = self._study(self.method.order, inputs, targets, without=str(change))
+                        except Outdated as again:
+                            raise _unsteady(str(again)) from None
+        except (LayerError, RuntimeError) as error:
+            blame_state(self.model, error)
+            raise
         return plan
 
     def program(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..model.capture import Capture
 from ..model.pooled_linear import Outdated
 from ..utilities.named import Utility, evaluate
 from .autograd import differentiate
@@ -26,28 +27,28 @@ def closed_form(request: Request) -> Derivatives:
     Raises:
         Outdated: this forward pass did not end in that classifier, or it did not read that mean.
     """
-    with torch.no_grad():
-        found, outputs = forward(request, "closed_form")
+    assert request.head is not None
+    with request.capture(gradients=False, linear=request.head.linear) as capture:  # gradients are off in there
+        found, outputs = forward(request, capture, "closed_form")
         _fill(request, found)
         add_values(request, found, outputs)
     return found
 
 
-def forward(request: Request, engine: str) -> tuple[Derivatives, Any]:
+def forward(request: Request, capture: Capture, engine: str) -> tuple[Derivatives, Any]:
     """A forward pass that is seen to end in the pool-and-linear head: (the answer as far as it goes, the model's outputs).
 
     Raises:
         Outdated: as :func:`closed_form`.
     """
     assert request.head is not None
-    with request.capture(gradients=False, linear=request.head.linear) as capture:
-        outputs = capture.run(request.inputs)
-        if capture.layers[0].written and not request.writes:
-            raise Outdated("an operator writes into the target layer's output")
-        found = request.start(capture, outputs, engine)
-        [term] = found.terms
-        found.mark(request.head.still_holds(capture, found.logits, term.activations))
-        assert found.logits is not None and found.targets is not None
+    outputs = capture.run(request.inputs)
+    if capture.layers[0].written and not request.writes:
+        raise Outdated("an operator writes into the target layer's output")
+    found = request.start(capture, outputs, engine)
+    [term] = found.terms
+    found.mark(request.head.still_holds(capture, found.logits, term.activations))
+    assert found.logits is not None and found.targets is not None
     return found, outputs
 
 
@@ -78,6 +79,7 @@ def add_values(request: Request, found: Derivatives, outputs: Any) -> None:
 def _fill(request: Request, found: Derivatives) -> None:
     assert request.head is not None and found.logits is not None and found.targets is not None
     [term], linear, utility = found.terms, request.head.linear, request.utility
+    weight = linear.weight
     scale = 1 / max(term.activations.shape[2], 1)
     if request.weights_only and utility.fused and (request.path.from_zero or request.order < 2):
         weights = ops.utility_rows(
@@ -89,13 +91,13 @@ def _fill(request: Request, found: Derivatives) -> None:
             scale=scale,
             backend=request.backend,
         )
-        term.weights = ops.head_weights(weights, linear.weight, backend=request.backend)
+        term.weights = ops.head_weights(weights, weight, backend=request.backend)
         return
     z = found.logits if found.logits.dtype in (torch.float32, torch.float64) else found.logits.float()
     z0 = z - logits_at_baseline(request, found)
     first, second = logit_derivatives(utility, z, z0, found.targets, request.order)
-    gradient = ops.head_weights(first, linear.weight, backend=request.backend) * scale
-    hvp = None if second is None else ops.head_weights(second, linear.weight, backend=request.backend) * scale
+    gradient = ops.head_weights(first, weight, backend=request.backend) * scale
+    hvp = None if second is None else ops.head_weights(second, weight, backend=request.backend) * scale
     term.gradients = [gradient[:, m, :, None] for m in range(gradient.shape[1])]
     term.hvps = [None if hvp is None else hvp[:, m, :, None] for m in range(gradient.shape[1])]
 

@@ -86,8 +86,10 @@ def _conclude(request: Request, found: Derivatives, count: int, reached: bool) -
 
 def _pooled(request: Request) -> Derivatives:
     """K softmaxes, and one product with the classifier's weight."""
-    found, outputs = forward(request, "quadrature")
-    assert request.head is not None and found.logits is not None and found.targets is not None
+    assert request.head is not None
+    with request.capture(gradients=False, linear=request.head.linear) as capture:
+        found, outputs = forward(request, capture, "quadrature")
+    assert found.logits is not None and found.targets is not None
     [term], weight, targets = found.terms, request.head.linear.weight, found.targets
     automatic = request.path.nodes == "auto"
     if request.with_baseline or automatic:

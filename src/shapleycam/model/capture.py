@@ -73,6 +73,7 @@ class Capture(AbstractContextManager["Capture"]):
         self.linear_calls: list[tuple[Tensor, Tensor]] = []
         self._gradients, self._copy, self._replace, self._linear = gradients, copy, replace, linear
         self._tangent = tangent
+        self._reached = 0  # how many of the layers
         self._owner = 0
         self._handles: list[RemovableHandle] = []
         self._before = False  # the caller's grad mode
@@ -82,14 +83,21 @@ class Capture(AbstractContextManager["Capture"]):
         self._owner = threading.get_ident()
         self._before = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
+        module: nn.Module | None = None
         try:
             for index, captured in enumerate(self.layers):
-                self._hook(captured.module, self._make_hook(index, captured))
+                module = captured.module
+                self._handles.append(module.register_forward_hook(self._make_hook(index, captured)))
             if self._linear is not None:
-                self._hook(self._linear, self._on_linear)
-        except BaseException:
+                module = self._linear
+                self._handles.append(module.register_forward_hook(self._on_linear))
+        except BaseException as error:
             self._leave()
-            raise
+            if not isinstance(error, RuntimeError):
+                raise
+            raise ModelStateError(
+                f"{type(module).__name__} does not accept hooks ({error}). Pass the original module, not a scripted one."
+            ) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -121,14 +129,6 @@ class Capture(AbstractContextManager["Capture"]):
                 )
         return outputs
 
-    def _hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        try:
-            self._handles.append(module.register_forward_hook(hook))
-        except RuntimeError as error:
-            raise ModelStateError(
-                f"{type(module).__name__} does not accept hooks ({error}). Pass the original module, not a scripted one."
-            ) from error
-
     def _make_hook(self, index: int, captured: CapturedLayer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if threading.get_ident() != self._owner:
@@ -151,6 +151,7 @@ class Capture(AbstractContextManager["Capture"]):
             if self._gradients and not (outer and given.requires_grad):
                 given = given.detach().requires_grad_(True)
             captured.activations, captured.version = given, given._version
+            self._reached += 1
             if self._tangent is not None:
                 given = forward_ad.make_dual(given, self._tangent(given.detach()))
             if self._copy:
@@ -160,7 +161,7 @@ class Capture(AbstractContextManager["Capture"]):
         return hook
 
     def _on_linear(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == self._owner and args and all(captured.activations is not None for captured in self.layers):
+        if self._reached == len(self.layers) and threading.get_ident() == self._owner and args:
             self.linear_calls.append((args[0], output))
 
 

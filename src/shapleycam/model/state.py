@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter, is_
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -138,30 +137,20 @@ def _calls_modules(model: fx.GraphModule) -> bool:
     return any(not type(module).__module__.startswith("torch.export.") for module in called)  # its guards are modules
 
 
-class explained_by_state:
-    """Name the model's state as the reason where an explanation fails by it.
+def blame_state(model: nn.Module, error: Exception) -> None:
+    """Name the model's state as the reason why an explanation failed, where it is; else return.
 
     Raises:
-        ModelStateError: the block failed, and the model has quantised layers, scripted parts, or weights that were made in
-            inference mode, which explain that.
+        ModelStateError: the model has quantised layers, scripted parts, or weights that were made in inference mode, which
+            explain the error.
     """
-
-    __slots__ = ("_model",)
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        reason = None
-        if isinstance(error, (LayerError, DerivativeError)):
-            reason = _quantized(self._model) or _scripted(self._model)
-        elif isinstance(error, RuntimeError) and "nference tensor" in str(error):
-            reason = _made_in_inference_mode(self._model)
-        if reason is not None:
-            raise ModelStateError(reason) from error
+    reason = None
+    if isinstance(error, (LayerError, DerivativeError)):
+        reason = _quantized(model) or _scripted(model)
+    elif "nference tensor" in str(error):
+        reason = _made_in_inference_mode(model)
+    if reason is not None:
+        raise ModelStateError(reason) from error
 
 
 def _quantized(model: nn.Module) -> str | None:

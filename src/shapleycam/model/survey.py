@@ -188,19 +188,15 @@ def check_stem(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
     Raises:
         InputError: wrong rank, channels, device or dtype.
     """
-    rank, channels = module.weight.ndim, module.in_channels
-    got = shown(images.shape)  # these may be the few that are studied
+    weight, channels = module.weight, module.in_channels
+    rank = weight.ndim
     if images.ndim != rank:
         hint = " Add a batch dimension: images[None]." if images.ndim == rank - 1 else ""
-        raise InputError(f"images must have {rank} dimensions for this model, got shape {got}.{hint}")
+        raise InputError(f"images must have {rank} dimensions for this model, got shape {shown(images.shape)}.{hint}")
     if images.shape[1] != channels:
         hint = " The channels come second: images.movedim(-1, 1)." if images.shape[-1] == channels else ""
-        raise InputError(f"images must have {channels} channels for this model, got shape {got}.{hint}")
-    if images.device != module.weight.device:
-        raise InputError(
-            f"images are on {images.device}, the model is on {module.weight.device}: images.to({str(module.weight.device)!r})."
-        )
-    if images.dtype != module.weight.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise InputError(
-            f"images are {images.dtype}, the model is {module.weight.dtype}: images.to({module.weight.dtype}), or use autocast."
-        )
+        raise InputError(f"images must have {channels} channels for this model, got shape {shown(images.shape)}.{hint}")
+    if images.device != weight.device:
+        raise InputError(f"images are on {images.device}, the model is on {weight.device}: images.to({str(weight.device)!r}).")
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise InputError(f"images are {images.dtype}, the model is {weight.dtype}: images.to({weight.dtype}), or use autocast.")

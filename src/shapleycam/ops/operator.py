@@ -76,7 +76,9 @@ class Operator:
 
 def traced() -> bool:
     """Whether this thread traces: ``is_compiling`` is true in all threads of the process while one of them exports."""
-    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
+    if not torch.compiler.is_compiling():  # Dynamo takes it for true
+        return False
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def select(operator: str, *tensors: Tensor | None, pooling: str | None = None, backend: str = "auto") -> str:

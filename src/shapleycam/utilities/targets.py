@@ -120,7 +120,7 @@ def place_targets(
     if targets is None:
         if logits is None or classes is None:
             return None, None
-        return logits.detach().argmax(1, keepdim=True), None
+        return logits.argmax(1, keepdim=True), None
     if isinstance(targets, int):
         return torch.full((batch, 1), targets, dtype=torch.int64, device=device), None
     placed = targets

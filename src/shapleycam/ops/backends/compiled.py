@@ -82,11 +82,10 @@ class Compiled(Backend):
         size = self._functions[query](*extents)
         return torch.empty(size, dtype=torch.uint8, device=tensor.device) if size else None, size
 
-    def _finish(self, status: int, operator: str, *tensors: Tensor | None) -> None:
-        if status:
-            said = self._module.status_text(status)
-            shapes = [(tuple(t.shape), str(t.dtype)) for t in tensors if t is not None]
-            raise BackendError(f"{operator} failed in the compiled extension: {said} (status {status}) for {shapes}.")
+    def _error(self, status: int, operator: str, *tensors: Tensor | None) -> BackendError:
+        said = self._module.status_text(status)
+        shapes = [(tuple(t.shape), str(t.dtype)) for t in tensors if t is not None]
+        return BackendError(f"{operator} failed in the compiled extension: {said} (status {status}) for {shapes}.")
 
     def weighted_reduce(self, activations: Tensor, gradient: Tensor, hvp: Tensor | None, pooling: str, out: Tensor) -> None:
         """Fill ``out`` [N, S]."""
@@ -98,7 +97,8 @@ class Compiled(Backend):
             n, c, s, code, out.data_ptr(), self._codes[out.dtype], 0 if space is None else space.data_ptr(), size,
             self.queue(activations),
         )  # fmt: skip
-        self._finish(status, f"weighted_reduce ({pooling})", activations, gradient, hvp)
+        if status:
+            raise self._error(status, f"weighted_reduce ({pooling})", activations, gradient, hvp)
 
     def channel_weighted_sum(self, activations: Tensor, alpha: Tensor, out: Tensor) -> None:
         """Fill ``out`` [N, M, S]."""
@@ -111,7 +111,8 @@ class Compiled(Backend):
             self._describe(activations), alpha.data_ptr(), n, c, s, m, out.data_ptr(), self._codes[out.dtype],
             0 if space is None else space.data_ptr(), size, self.queue(activations),
         )  # fmt: skip
-        self._finish(status, "channel_weighted_sum", activations, alpha)
+        if status:
+            raise self._error(status, "channel_weighted_sum", activations, alpha)
 
     def utility_rows(
         self,
@@ -133,7 +134,8 @@ class Compiled(Backend):
             logits.data_ptr(), self._codes[logits.dtype], logits.stride(0), at, code, targets.data_ptr(), n, m, k,
             self._module.utilities[utility], order, scale, out.data_ptr(), self._codes[out.dtype], self.queue(logits),
         )  # fmt: skip
-        self._finish(status, f"utility_rows ({utility})", logits, targets, bias)
+        if status:
+            raise self._error(status, f"utility_rows ({utility})", logits, targets, bias)
 
     def quadrature_rows(
         self,
@@ -154,7 +156,8 @@ class Compiled(Backend):
             logits.data_ptr(), self._codes[logits.dtype], logits.stride(0), at, code, step, targets.data_ptr(), n, m, k,
             self._module.utilities[utility], nodes, weights, scale, out.data_ptr(), self._codes[out.dtype], self.queue(logits),
         )  # fmt: skip
-        self._finish(status, f"quadrature_rows ({utility})", logits, targets, start)
+        if status:
+            raise self._error(status, f"quadrature_rows ({utility})", logits, targets, start)
 
     def class_maps(
         self,
@@ -177,7 +180,8 @@ class Compiled(Backend):
             self._codes[raw.dtype], maps.data_ptr(), self._codes[maps.dtype], 0 if space is None else space.data_ptr(), bytes_,
             self.queue(activations),
         )  # fmt: skip
-        self._finish(status, "class_maps", activations, alpha)
+        if status:
+            raise self._error(status, "class_maps", activations, alpha)
 
     def display_map(self, raw: Tensor, size: Sequence[int], renormalize: bool, dtype: torch.dtype | None, out: Tensor) -> None:
         """Fill ``out`` [N, *size]."""
@@ -186,7 +190,8 @@ class Compiled(Backend):
             raw.data_ptr(), self._codes[raw.dtype], raw.shape[0], _three(raw.shape[1:]), _three(size), renormalize,
             out.data_ptr(), self._codes[out.dtype], self.queue(raw),
         )  # fmt: skip
-        self._finish(status, "display_map", raw, out)
+        if status:
+            raise self._error(status, "display_map", raw, out)
 
     def overlay(
         self,
@@ -206,7 +211,8 @@ class Compiled(Backend):
             images.data_ptr(), self._codes[images.dtype], n, height, width, images.stride(), heatmaps.data_ptr(),
             table.data_ptr(), alpha, mean, std, out.data_ptr(), self.queue(images),
         )  # fmt: skip
-        self._finish(status, "overlay", images, heatmaps)
+        if status:
+            raise self._error(status, "overlay", images, heatmaps)
 
 
 def _three(extents: Sequence[int]) -> tuple[int, int, int]:
