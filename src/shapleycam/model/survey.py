@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,27 @@ _PASSIVE = (
     nn.modules.pooling._AvgPoolNd,
 )
 
-#: Which memory a tensor had while it was alive: storage, offset, shape.
+#: Which memory a tensor had while it was alive: the storage's number, offset, shape.
 Place = tuple[int, int, tuple[int, ...]]
+
+
+class _Form(NamedTuple):
+    """A map while the pass goes on: what torch allocates between the activations and keeps would hold their memory apart."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Any:
+        """Vectors stay as they are."""
+        if tensor is None or tensor.ndim < 3:
+            return tensor
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def tensor(self) -> Tensor:
+        """On the meta device."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
 @dataclass(slots=True)
@@ -107,7 +127,8 @@ def survey(
     found, owner = Survey(inputs=inputs), threading.get_ident()
     # A clone taken here is no inference tensor, even where the images are.
     watched = images.detach().clone()
-    alive: dict[int, StorageWeakRef] = {}  # keeps the addresses of storages from being given out again
+    alive: dict[int, tuple[StorageWeakRef, int]] = {}  # an address is not given out again while somebody refers to it
+    numbers = itertools.count()
 
     def before(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == owner and args and args[0] is watched:
@@ -116,9 +137,12 @@ def survey(
             found.stem = module
 
     def place(tensor: Tensor) -> Place:
+        for address in [address for address, (reference, _) in alive.items() if reference.expired()]:
+            del alive[address]
         reference = StorageWeakRef(tensor.untyped_storage())
-        alive[reference.cdata] = reference
-        return reference.cdata, int(tensor.storage_offset()), tuple(tensor.shape)
+        if reference.cdata not in alive:
+            alive[reference.cdata] = reference, next(numbers)
+        return alive[reference.cdata][1], int(tensor.storage_offset()), tuple(tensor.shape)
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -131,7 +155,7 @@ def survey(
             passive = leaf and (isinstance(module, _PASSIVE) or (alias and not isinstance(module, nn.Sequential)))
             passive = passive or type(module).__name__ in ("SelectAdaptivePool2d", "Permute")
             from_ = None if source is None else place(source)
-            found.records.append(Record(name, module, _shape(output), _shape(source), passive, place(output), from_))
+            found.records.append(Record(name, module, _Form.of(output), _Form.of(source), passive, place(output), from_))
 
         return hook
 
@@ -142,6 +166,11 @@ def survey(
             if isinstance(module, nn.modules.conv._ConvNd):
                 stack.callback(module.register_forward_pre_hook(before).remove)
         found.outputs = found.run(model, watched)
+    for record in found.records:
+        if isinstance(record.output, _Form):
+            record.output = record.output.tensor()
+        if isinstance(record.input, _Form):
+            record.input = record.input.tensor()
     found.logits = read(found.outputs)
     found.end = None if found.logits is None else place(found.logits)
     found.images = watched if gradients else None
@@ -170,12 +199,6 @@ def map_of(output: Any) -> Tensor | None:
         maps = [part for part in output if isinstance(part, Tensor) and part.is_floating_point() and part.ndim >= 3]
         output = maps[0] if len(maps) == 1 else None
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
-
-
-def _shape(tensor: Any) -> Any:
-    if tensor is None or tensor.ndim < 3:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def check_stem(module: nn.modules.conv._ConvNd, images: Tensor) -> None:
