@@ -182,14 +182,14 @@ def test_class_maps_of_activations_too_large_for_one_program(backend):
 
 @pytest.mark.parametrize("backend", available("class_maps", DEVICE))
 @pytest.mark.parametrize(
-    ("shape", "grid", "m"), [((2, 300, 49), (7, 7), 3), ((1, 5, 4225), (65, 65), 1), ((3, 40, 6), (6,), 2)]
+    ("shape", "grid", "m"), [((2, 140, 49), (7, 7), 3), ((1, 5, 4225), (65, 65), 1), ((3, 40, 6), (6,), 2)]
 )
 @pytest.mark.parametrize("last", [False, True])
 def test_class_maps_have_the_same_bits_every_time(backend, shape, grid, m, last):
     """Of several pieces of the channels and several classes, of a map too large for a block, and of one dimension."""
     n, c, s = shape
     a = draw(n, s, c).transpose(1, 2) if last else draw(n, c, s)
-    alpha, size = draw(n, m, c, seed=1), [2 * g + 2 if s < 4096 else g for g in grid]  # the interpreter is slow
+    alpha, size = draw(n, m, c, seed=1), [2 * g + 2 if s < 4096 else g // 3 for g in grid]  # the interpreter is slow
     raw, maps = ops.class_maps(a, alpha, grid, size, backend=backend)
     close(raw, ops.channel_weighted_sum(a.double(), alpha.double(), backend="torch"), torch.float32)
     shown = ops.display_map(raw.flatten(0, 1).unflatten(1, grid), size, backend="torch").reshape(maps.shape)
