@@ -122,6 +122,23 @@ def build(name: str, size: int | tuple[int, int] = 224, **options: object) -> nn
     return wake(timm.create_model(model, pretrained=False, num_classes=1000, **options), size)
 
 
+def narrow_vgg11(size: int | tuple[int, int]) -> nn.Module:
+    """torchvision's VGG-11, but 64 wide where it is 4096: its classifier is most of its weights, and no matter to a test."""
+    import torchvision
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = torchvision.models.vgg11()
+    model.features.to_empty(device="cpu")
+    for module in model.features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    hidden = (nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(True), nn.Dropout())
+    model.classifier = nn.Sequential(*hidden, nn.Linear(64, 1000))
+    return wake(model, size)
+
+
 def network(curved: bool = True, classes: int = 7) -> nn.Module:
     torch.manual_seed(4)
     head = [nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, classes)] if curved else [nn.Linear(12, classes)]

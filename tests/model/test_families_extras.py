@@ -5,7 +5,7 @@ import torch
 
 from shapleycam import Explainer, Layout
 
-from ..helpers import build, wake
+from ..helpers import build, narrow_vgg11, wake
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -49,19 +49,7 @@ def made(name):
     """The network of that name; what is wide in it, and no matter to the question, is narrow."""
     size = tuple(images_for(name, 1).shape[2:])
     if name == "tv:vgg11":
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = torchvision.models.vgg11()
-        wide = (512 * 7 * 7, 64, 64, 1000)
-        model.classifier = torch.nn.Sequential(
-            *(layer for i in range(3) for layer in (torch.nn.Linear(wide[i], wide[i + 1]), torch.nn.ReLU(True), torch.nn.Dropout()))
-        )[:-2]
-        model.features.to_empty(device="cpu")
-        for module in model.features:
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                torch.nn.init.zeros_(module.bias)
-        return wake(model, size)
+        return narrow_vgg11(size)
     if name == "tv:vit_b_32":
         torch.manual_seed(0)
         model = torchvision.models.VisionTransformer(size[0], 32, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=384)
