@@ -259,7 +259,7 @@ def test_killed_and_resumed(photographs, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done_and_says_so(photographs, tmp_path):
-    """With workers, in a process of its own; progress is a line after every batch here, so that the interrupt falls into one."""
+    """With workers, in a process of its own; progress is a line after every batch, so that the interrupt falls into one."""
     code = """
 import signal, sys
 from shapleycam.cli import progress

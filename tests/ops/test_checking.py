@@ -291,8 +291,8 @@ def checked_sevens():
         try:
             return str(int(ops.channel_weighted_sum(torch.ones(1, 4, 1), torch.ones(1, 1, 4))))
         except ShapleyCamError as error:
-            assert not isinstance(error, InputError) or "SHAPLEYCAM_CHECK=" in str(error)
-            return type(error).__name__
+            told = not isinstance(error, InputError) or "SHAPLEYCAM_CHECK=" in str(error)
+            return type(error).__name__ if told else str(error)
 
 
 @pytest.fixture
