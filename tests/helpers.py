@@ -91,7 +91,7 @@ def toy(classes: int = 5, channels: int = 6) -> nn.Module:
     return model.eval()
 
 
-def wake(model: nn.Module, size: int = 224, spread: float = 3.0, images: int = 2) -> nn.Module:
+def wake(model: nn.Module, size: int | tuple[int, int] = 224, spread: float = 3.0, images: int = 2) -> nn.Module:
     """Random statistics and a last layer scaled so that the softmax is neither flat nor saturated; eval mode."""
     generator = torch.Generator().manual_seed(7)
     for module in model.modules():
@@ -103,22 +103,40 @@ def wake(model: nn.Module, size: int = 224, spread: float = 3.0, images: int = 2
     with torch.no_grad():
         if not last.weight.any():
             last.weight.normal_(0, 0.1, generator=generator)
-        noise = torch.randn(images, 3, size, size, generator=generator, dtype=last.weight.dtype)
+        height, width = (size, size) if isinstance(size, int) else size
+        noise = torch.randn(images, 3, height, width, generator=generator, dtype=last.weight.dtype)
         last.weight.mul_(spread / model(noise).std())
     return model
 
 
-def build(name: str, **options: object) -> nn.Module:
-    """A live network by name: "tv:resnet18" is torchvision's, "timm:resnet18" is timm's."""
+def build(name: str, size: int | tuple[int, int] = 224, **options: object) -> nn.Module:
+    """A live network by name, for images of a size: "tv:resnet18" is torchvision's, "timm:resnet18" is timm's."""
     torch.manual_seed(0)
     import timm
     import torchvision
 
     library, _, model = name.partition(":")
     if library == "tv":
-        return wake(torchvision.models.get_model(model, weights=None, **options))
-    size = options.get("img_size", 224)
+        return wake(torchvision.models.get_model(model, weights=None, **options), size)
+    size = options.get("img_size", size)
     return wake(timm.create_model(model, pretrained=False, num_classes=1000, **options), size)
+
+
+def narrow_vgg11(size: int | tuple[int, int]) -> nn.Module:
+    """torchvision's VGG-11, but 64 wide where it is 4096: its classifier is most of its weights, and no matter to a test."""
+    import torchvision
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = torchvision.models.vgg11()
+    model.features.to_empty(device="cpu")
+    for module in model.features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    hidden = (nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(True), nn.Dropout())
+    model.classifier = nn.Sequential(*hidden, nn.Linear(64, 1000))
+    return wake(model, size)
 
 
 def network(curved: bool = True, classes: int = 7) -> nn.Module:

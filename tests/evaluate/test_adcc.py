@@ -180,7 +180,9 @@ def one_process(rank, folder):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch was built without gloo")
 @pytest.mark.slow
 def test_two_processes_share_one_table(tmp_path):
-    torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
+    # Forked from one process that has imported what takes seconds.
+    torch.multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(one_process, (tmp_path,), nprocs=2, start_method="forkserver")
     whole, apart = ADCC(), Coherency()
     for k in range(3):
         tensors = random_tensors(3 + k, k)

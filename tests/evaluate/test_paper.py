@@ -20,7 +20,7 @@ from ..helpers import wake
 def seeded(preset):
     torch.manual_seed(0)
     if preset.library == "timm":
-        return timm.create_model(preset.name, pretrained=False, img_size=64)
+        return timm.create_model(preset.name, pretrained=False, img_size=64, embed_dim=96)  # of Swin-L 192
     fast = {"init_weights": False} if preset.network == "VGG-16" else {}
     return torchvision.models.get_model(preset.name, weights=None, **fast)
 

@@ -20,6 +20,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from shapleycam import Explainer, InputError
+from shapleycam.cli import progress
 from shapleycam.cli.app import run
 from shapleycam.data.images import Preprocess, read_image
 from shapleycam.data.samples import open_samples, spread
@@ -257,9 +258,8 @@ def test_killed_and_resumed(photographs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_keeps_what_is_done_and_says_so(photographs, tmp_path, workers):
-    """Progress is a line after every batch here, so that the interrupt falls into a batch behind the first."""
+def test_ctrl_c_keeps_what_is_done_and_says_so(photographs, tmp_path):
+    """With workers, in a process of its own; progress is a line after every batch, so that the interrupt falls into one."""
     code = """
 import signal, sys
 from shapleycam.cli import progress
@@ -268,10 +268,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 progress.INTERVAL = 0
 sys.exit(run(sys.argv[1:]))
 """
-    arguments = ["evaluate", str(photographs), "--methods", "gradcam,randomcam", "--batch-size", "1", "--json"]
     out = tmp_path / "out"
     with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--workers", str(workers), "--output", str(out)],
+        [sys.executable, "-c", code, *interruptible(photographs, out, workers=2)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -279,12 +278,45 @@ sys.exit(run(sys.argv[1:]))
         line = process.stderr.readline()
         process.send_signal(signal.SIGINT)
         printed, said = process.communicate(timeout=100)
-    assert line.startswith("efficientnet-lite0: 1 of 5 batches, about ")
-    assert process.returncode == 130 and printed == "" and "Traceback" not in said
+    kept_and_said(out, process.returncode, printed, line + said)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_of_a_batch(photographs, tmp_path, monkeypatch, capfd):
+    calls, update = [], ADCC.update
+
+    def interrupts(self, *tensors):
+        calls.append(1)
+        if len(calls) == 2 * 2 + 2:  # the second of two methods, in the third batch
+            signal.raise_signal(signal.SIGINT)
+        update(self, *tensors)
+
+    monkeypatch.setattr(ADCC, "update", interrupts)
+    monkeypatch.setattr(progress, "INTERVAL", 0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status = run(interruptible(photographs, tmp_path / "out", workers=0))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert kept_and_said(tmp_path / "out", status, *capfd.readouterr()) == 2
+
+
+def interruptible(photographs, out, workers):
+    return [
+        *("evaluate", str(photographs), "--methods", "gradcam,randomcam", "--batch-size", "1", "--json"),
+        *("--workers", str(workers), "--output", str(out)),
+    ]
+
+
+def kept_and_said(out, status, printed, said):
+    """How many batches were done."""
+    assert said.startswith("efficientnet-lite0: 1 of 5 batches, about ")
+    assert status == 130 and printed == "" and "Traceback" not in said
     done = json.loads((out / "state-efficientnet-lite0.json").read_text())["done"]
     assert 1 <= done < 5
     assert f"{done} of 5 batches are done" in said and "the same command goes on" in said
     assert not (out / "table.json").exists()
+    return done
 
 
 @pytest.mark.slow

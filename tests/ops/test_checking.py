@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from shapleycam import InputError, KernelMismatch, ShapleyCamWarning, ops
+from shapleycam import InputError, KernelMismatch, ShapleyCamError, ShapleyCamWarning, ops
 from shapleycam.ops import checking as check_function
 from shapleycam.ops import reference
 from shapleycam.ops.backends import LADDER, Backend
@@ -273,6 +274,41 @@ def test_an_unknown_action():
         ops.checking(True, "ignore")
 
 
+class Sevens(Backend):
+    name = "sevens"
+
+    def status(self):
+        return ops.BackendStatus(True, "", ("cpu",))
+
+    def channel_weighted_sum(self, activations, alpha, out):
+        out.fill_(7)
+
+
+def checked_sevens():
+    """What a sum of four ones by a backend that makes sevens comes to, or the name of the error."""
+    with LADDER.holding(Sevens()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return str(int(ops.channel_weighted_sum(torch.ones(1, 4, 1), torch.ones(1, 1, 4))))
+        except ShapleyCamError as error:
+            told = not isinstance(error, InputError) or "SHAPLEYCAM_CHECK=" in str(error)
+            return type(error).__name__ if told else str(error)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variable as if the process had begun with it: it is read once."""
+    read = sys.modules["shapleycam.ops.checking"]._of_environment
+
+    def say(said):
+        monkeypatch.setenv("SHAPLEYCAM_CHECK", said)
+        read.cache_clear()
+
+    yield say
+    monkeypatch.undo()
+    read.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("said", "outcome"),
     [
@@ -285,37 +321,23 @@ def test_an_unknown_action():
         ("x", "InputError"),
     ],
 )
+def test_the_environment_variable(said, outcome, environment):
+    environment(said)
+    assert checked_sevens() == outcome
+
+
 @pytest.mark.slow
-def test_the_environment_variable(said, outcome):
-    script = """
-import torch, warnings
-from shapleycam import ops, ShapleyCamError
-from shapleycam.ops.backends import LADDER, Backend
-
-class Sevens(Backend):
-    name = "sevens"
-    def status(self):
-        return ops.BackendStatus(True, "", ("cpu",))
-    def channel_weighted_sum(self, activations, alpha, out):
-        out.fill_(7)
-
-with LADDER.holding(Sevens()), warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    try:
-        print(int(ops.channel_weighted_sum(torch.ones(1, 4, 1), torch.ones(1, 1, 4))))
-    except ShapleyCamError as error:
-        print(type(error).__name__)
-        assert type(error).__name__ != "InputError" or "SHAPLEYCAM_CHECK=" in str(error)
-"""
+def test_the_environment_variable_of_a_process():
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "SHAPLEYCAM_CHECK": said},
+        [sys.executable, "-c", "from tests.ops.test_checking import checked_sevens; print(checked_sevens())"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "SHAPLEYCAM_CHECK": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    assert (done.stdout.strip(), done.stderr) == (outcome, "")
+    assert (done.stdout.strip(), done.stderr) == ("KernelMismatch", "")
 
 
 def test_the_table_is_strict():

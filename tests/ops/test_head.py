@@ -152,6 +152,8 @@ def test_head_weights_of_a_weight_that_is_no_plain_tensor():
     out=st.sampled_from([None, torch.float16, torch.uint8]),
 )
 def test_class_maps_are_its_two_parts(backend, grid, n, m, c, dtype, last, renormalize, out):
+    if backend == "triton" and DEVICE == "cpu":  # which is slow; 11 to the third is still more than a block
+        n, m, grid = min(n, 2), min(m, 2), [min(g, 5 if len(grid) == 3 else 9) for g in grid]
     s = torch.Size(grid).numel()
     a = draw(n, s, c, dtype=dtype).transpose(1, 2) if last else draw(n, c, s, dtype=dtype)
     alpha = draw(n, m, c, seed=1)
@@ -182,14 +184,14 @@ def test_class_maps_of_activations_too_large_for_one_program(backend):
 
 @pytest.mark.parametrize("backend", available("class_maps", DEVICE))
 @pytest.mark.parametrize(
-    ("shape", "grid", "m"), [((2, 300, 49), (7, 7), 3), ((1, 5, 4225), (65, 65), 1), ((3, 40, 6), (6,), 2)]
+    ("shape", "grid", "m"), [((2, 140, 49), (7, 7), 3), ((1, 5, 4225), (65, 65), 1), ((3, 40, 6), (6,), 2)]
 )
 @pytest.mark.parametrize("last", [False, True])
 def test_class_maps_have_the_same_bits_every_time(backend, shape, grid, m, last):
     """Of several pieces of the channels and several classes, of a map too large for a block, and of one dimension."""
     n, c, s = shape
     a = draw(n, s, c).transpose(1, 2) if last else draw(n, c, s)
-    alpha, size = draw(n, m, c, seed=1), [2 * g + 2 if s < 4096 else g for g in grid]  # the interpreter is slow
+    alpha, size = draw(n, m, c, seed=1), [2 * g + 2 if s < 4096 else g // 3 for g in grid]  # the interpreter is slow
     raw, maps = ops.class_maps(a, alpha, grid, size, backend=backend)
     close(raw, ops.channel_weighted_sum(a.double(), alpha.double(), backend="torch"), torch.float32)
     shown = ops.display_map(raw.flatten(0, 1).unflatten(1, grid), size, backend="torch").reshape(maps.shape)

@@ -16,6 +16,7 @@ from shapleycam.model.roi_align import roi_align
 from shapleycam.utilities.tasks import BoxScore, SegmentationScore
 
 torchvision = pytest.importorskip("torchvision")
+IntermediateLayerGetter = pytest.importorskip("torchvision.models._utils").IntermediateLayerGetter
 peer = pytest.importorskip("pytorch_grad_cam")
 model_targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
 
@@ -98,11 +99,16 @@ def test_segmentation_has_a_second_order(segmenter):
 
 @pytest.fixture(scope="module")
 def detector():
-    torch.manual_seed(0)
-    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
-    model = alive(
-        build(weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64, box_detections_per_img=20)
+    torch.manual_seed(4)
+    detection = torchvision.models.detection
+    few = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 20}
+    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64, **few
     )
+    # Narrower than the 1024 of the original, whose weights are most of what a pass reads.
+    model.roi_heads.box_head = detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 64)
+    model.roi_heads.box_predictor = detection.faster_rcnn.FastRCNNPredictor(64, 4)
+    model = alive(model)
     with torch.no_grad():
         # Scores that differ between boxes and classes, and boxes that move a little.
         for parameter in model.roi_heads.parameters():
@@ -124,7 +130,9 @@ def test_the_lines_of_the_readme_run(detector):
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     [block] = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "SegmentationScore" in b]
     torch.manual_seed(0)
-    fcn = alive(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None))
+    backbone = torchvision.models.resnet18(weights=None)  # which has the names of the ResNet-50 of the page
+    backbone = IntermediateLayerGetter(backbone, {"layer4": "out"})
+    fcn = alive(torchvision.models.segmentation.FCN(backbone, torchvision.models.segmentation.fcn.FCNHead(512, 21)))
     with torch.no_grad():
         fcn.classifier[-1].bias[12] += 100  # the class explained is one that pixels are predicted to have
     encoder = alive(torchvision.models.resnet18(num_classes=7))
@@ -204,10 +212,14 @@ def test_detection_without_derivatives(detector, layer):
 
 def test_a_one_stage_detector():
     torch.manual_seed(0)
-    build = torchvision.models.detection.retinanet_resnet50_fpn
-    model = alive(build(weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64))
+    detection = torchvision.models.detection
+    coarser = torchvision.ops.feature_pyramid_network.LastLevelP6P7(64, 64)
+    stages = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    resnet = torchvision.models.resnet18(weights=None)
+    backbone = detection.backbone_utils.BackboneWithFPN(resnet, stages, [128, 256, 512], 64, extra_blocks=coarser)
+    model = alive(detection.RetinaNet(backbone, num_classes=4, min_size=64, max_size=64))
     with torch.no_grad():
-        model.head.classification_head.cls_logits.weight.mul_(20)
+        model.head.classification_head.cls_logits.weight.mul_(5000)  # its convolutions begin with small weights
     images = scenes()
     found = model(images)
     assert all(len(f["scores"]) >= 2 for f in found)
@@ -248,7 +260,9 @@ def test_roi_align_and_its_derivatives(aligned, sampling):
 @pytest.fixture(scope="module")
 def video():
     torch.manual_seed(0)
-    model = alive(torchvision.models.video.r3d_18(weights=None, num_classes=10))
+    # As r3d_18, with one block in the place of two.
+    resnet = torchvision.models.video.resnet
+    model = alive(resnet.VideoResNet(resnet.BasicBlock, [resnet.Conv3DSimple] * 4, [1] * 4, resnet.BasicStem, num_classes=10))
     clips = torch.randn(2, 3, 8, 24, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with torch.no_grad():
         model.fc.weight.mul_(3 / model(clips).std())
@@ -275,7 +289,7 @@ def test_video_end_to_end(video):
 
 def test_video_auto_layer_and_closed_form(video):
     model, clips = video
-    clips = F.interpolate(clips[:1], (8, 64, 64))
+    clips = F.interpolate(clips[:1], (8, 32, 48))
     result = Explainer(model)(clips)
     assert result.diagnostics.layers == ("layer4",) and result.diagnostics.engine == "closed_form"
     other = Explainer(model, "layer4", engine="reverse_over_reverse")(clips)
