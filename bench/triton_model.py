@@ -24,8 +24,8 @@ PAGE = ROOT / "docs" / "triton_model.md"
 ALL = 1.0  # share of the code outside the loops that a call runs: every dtype and tile is a kernel of its own
 
 
-def work(case: Case, launch: Launch) -> Work:
-    """What a launch of a Triton kernel moves."""
+def work(case: Case, launch: Launch, looping: bool) -> Work:
+    """What a launch of a Triton kernel moves; ``looping``: whether it goes over the positions tile by tile."""
     n, c, s = case.shape
     cold = n > 1  # as gpu_model.works has it
     one, maps = float(n * c * s * case.dtype.itemsize), n * s * 4.0
@@ -38,9 +38,8 @@ def work(case: Case, launch: Launch) -> Work:
     made = maps * (launch.blocks // n)
     if name == "channel_weighted_sum":
         return Work((one,), made, cold)
-    # A tile with all positions, or a row without weights per channel, is read once.
-    once = ", flat" in launch.kernel or case.pooling in ("elementwise", "elementwise_relu", "positive_gradient")
-    if once or s <= 64:
+    # A tile with all positions, whose kernel has no loop, and a row without weights per channel are read once.
+    if not looping or case.pooling in ("elementwise", "elementwise_relu", "positive_gradient"):
         return Work((3 * one,), made, cold)
     again = {"mean": (2 * one,), "activation": (one, 3 * one), "plusplus": (one, 2 * one)}[case.pooling]
     return Work((*again, one), made, cold)
@@ -68,7 +67,8 @@ def predicted(case: Case, launches: Sequence[Launch], kernels: dict[str, Any], c
         else:
             facts = Facts.of(kernels[launch.kernel]["facts"])
             facts = read_once(facts) if launch.kernel.startswith("display_map") else facts
-            times.append(seconds(launch, facts, work(case, launch), case.dtype.itemsize, chip, ALL))
+            moved = work(case, launch, any(loop.instructions for loop in facts.loops))
+            times.append(seconds(launch, facts, moved, case.dtype.itemsize, chip, ALL))
         names.append(launch.kernel)
         if case.operator == "shapley_head" and len(names) == 1:
             times.append(product(case, chip))

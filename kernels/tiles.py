@@ -15,8 +15,9 @@ from torch import Tensor
 #: Elements of a tile of the general kernels, channels at most, and warps. The lanes walk along the dimension with unit stride.
 GENERAL, GENERAL_CHANNELS = 4096, {"first": 32, "last": 128}
 
-#: Of a tile that has all positions: elements at most, and at least where there are too few images to fill a device.
-WHOLE, WHOLE_LEAST = 4096, 1024
+#: Elements of a tile that has all positions, at most, by the tensors that are read; and at least, where the images are too few
+#: to fill a device.
+WHOLE, WHOLE_LEAST = {1: 8192, 3: 4096}, 1024
 
 # As in the CUDA kernel: small batches are cut into more pieces, so that the device is full.
 BLOCKS_WANTED = 264
@@ -49,17 +50,20 @@ def channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(2) != 1
 
 
-def whole(*tensors: Tensor) -> Whole | None:
-    """The tile for these tensors [N, C, S] of one layout; None where the positions are too many, or the layouts differ."""
+def whole(*tensors: Tensor, again: bool = False) -> Whole | None:
+    """The tile for these tensors [N, C, S] of one layout; None where the positions are too many, or the layouts differ.
+
+    Channels last are read in wide loads by any tile: there it is worth its sums if a smaller one would read something ``again``.
+    """
     n, c, s = tensors[0].shape
     flat = all(x.stride(2) == 1 and x.stride(1) == s for x in tensors)
-    if s > MOST["first" if flat else "last"] or not (flat or all(map(channels_last, tensors))):
+    if s > MOST["first" if flat else "last"] or not (flat or again and all(map(channels_last, tensors))):
         return None
     positions = triton.next_power_of_2(s)
-    channels = min(WHOLE // positions, triton.next_power_of_2(c))
+    channels = min(WHOLE[len(tensors)] // positions, triton.next_power_of_2(c))
     while channels * positions > WHOLE_LEAST and channels > 8 and n * triton.cdiv(c, channels) < BLOCKS_WANTED:
         channels //= 2
-    return Whole(flat, channels, positions, 8 if channels * positions >= WHOLE else 4)
+    return Whole(flat, channels, positions, 8 if channels * positions >= 4096 else 4)
 
 
 def tile_of(activations: Tensor) -> tuple[int, int, int]:

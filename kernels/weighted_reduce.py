@@ -140,7 +140,7 @@ def weighted_reduce(activations: Tensor, gradient: Tensor, hvp: Tensor | None, p
     """Fill ``out`` [N, S] (float32, or float64 for float64 activations) with the signed map of the row ``pooling``."""
     n, c, s = activations.shape
     second = gradient if hvp is None else hvp  # an unused pointer, when there is none
-    tile = whole(activations, gradient, second)
+    tile = whole(activations, gradient, second, again=pooling in ("activation", "plusplus"))
     channels, positions, warps = tile_of(activations) if tile is None else (tile.channels, tile.positions, tile.warps)
     pieces = triton.cdiv(c, channels)
     parts = out[:, None] if pieces == 1 else partial_maps(activations, 1, pieces, out.dtype)
