@@ -106,7 +106,7 @@ def facts_of(cubin: bytes, shared: int) -> tuple[Facts, int, dict[str, int]]:
     code = instructions(section)
     widths = Counter(size_of(op) for op in map(operation, code) if op.startswith("LDG"))
     loaded = sum(width * count for width, count in widths.items())
-    # A tile that is read once stands outside of loops: it is taken as a loop of one turn, whose instructions are in ``outside``.
+    # A tile that is read once stands outside of loops: it is taken as a loop of one turn, its instructions are in ``outside``.
     if loaded > 2 * sum(loop.loads for loop in loops):
         loops = [Loop(0, loaded, max(widths), flight(code, turns=1), 0, True), *loops]
     facts = Facts(int(found[1]), shared, outside, barriers, shuffles, loops)

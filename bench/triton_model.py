@@ -122,7 +122,9 @@ def render(content: dict[str, Any]) -> str:
             lines.append(f"| {row['case']} | {each} |")
     lines += ["", "## What the compiled kernels take", ""]
     lines += ["Facts of the compiled code. Per thread: registers, bytes of stack (spills), loads in the code by their width in"]
-    lines += ["bytes, and bytes asked for and not used yet, at most, in code and loops that load. Per block: threads, bytes of shared"]
+    lines += [
+        "bytes, and bytes asked for and not used yet, at most, in code and loops that load. Per block: threads, bytes of shared"
+    ]
     lines += ["memory. Blocks: how many a multiprocessor holds. Instructions: outside of loops; loops' own.", ""]
     lines += ["| kernel | chip | threads | registers | stack | shared | blocks | loads | in flight | instructions |"]
     lines += ["| --- | --- | --: | --: | --: | --: | --: | --- | --: | --: |"]
@@ -140,7 +142,21 @@ def render(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-LESSONS: list[str] = []
+LESSONS = """\
+## What reading the code led to
+
+- Triton knows of a stride whether 16 divides it, and 7 x 7 and 14 x 14 positions have none such: channels first, every load of
+  activations was one element, 4 bytes or 2, into up to 255 registers a thread, and two rows of `weighted_reduce` read the
+  gradient or the activations twice or three times. Where the positions are few (512 at most), a tile has all of them now: it
+  is read once, as one piece of memory, in 16-byte loads, and spread into channels and positions in shared memory.
+- Channels last were read in 16-byte loads already; there such a tile serves the rows that need a second pass (`activation`,
+  `plusplus`). A general tile with few channels has more positions, so that as many bytes are under way.
+- A position of a display map cost five divisions by extents that are the same for the whole map, and three whole-number ones; it
+  costs a reciprocal's product and one. Programs, each of which finds the extents first, are half as many.
+- What is left: the sum of the partial maps is a launch of the library's, and the display kernel computes every output by itself
+  where the CUDA kernel shares a row's part. In bfloat16 channels first, `mean` is bound by its instructions (the spreading and
+  the sums of channels by shuffles), not by the memory. `utility_rows` reads the logits three times.
+""".splitlines()
 
 
 def write() -> int:

@@ -69,7 +69,8 @@ def test_a_tile_read_once_is_bound_by_the_memory_or_by_its_code():
     assert work.loads == (3 * 64 * 2048 * 49 * 4,) and work.stores == 32 * 64 * 49 * 4 and work.in_memory
     loops = [triton_facts.Loop(0, 192, 16, 192, 0, True)]
     quick, slow = (
-        triton_model.seconds(launch, Facts(32, 0, outside, 0, 0, loops), work, 4, H100, triton_model.ALL) for outside in (1, 10**5)
+        triton_model.seconds(launch, Facts(32, 0, outside, 0, 0, loops), work, 4, H100, triton_model.ALL)
+        for outside in (1, 10**5)
     )
     assert sum(work.loads) / H100.copy < quick < 1.6 * sum(work.loads) / H100.copy
     # 8 warps on 4 schedulers, 8 blocks at once, 2 waves of them: 16 x 10^5 / 0.8 cycles at least.
