@@ -96,7 +96,7 @@ def render(content: dict[str, Any]) -> str:
         "",
         "**Predictions, not measurements: no GPU took part.** `make gpu-model-write` makes this page of the code that Triton",
         f"{content['triton']} compiled (sources {content['sources']}) for the cases of bench/ops.py, by the model of",
-        "[gpu_model.md](gpu_model.md): [bench/triton_model.py](../bench/triton_model.py). Where there is no nvcc at installation,",
+        "[gpu_model.md](gpu_model.md): [bench/triton_model.py](../bench/triton_model.py). Where no nvcc was at installation,",
         "these kernels serve. The library's sum of partial maps and its product with W are guessed by their bytes.",
         "",
         *LESSONS,
@@ -151,8 +151,8 @@ LESSONS = """\
   is read once, as one piece of memory, in 16-byte loads, and spread into channels and positions in shared memory.
 - Channels last were read in 16-byte loads already; there such a tile serves the rows that need a second pass (`activation`,
   `plusplus`). A general tile with few channels has more positions, so that as many bytes are under way.
-- A position of a display map cost five divisions by extents that are the same for the whole map, and three whole-number ones; it
-  costs a reciprocal's product and one. Programs, each of which finds the extents first, are half as many.
+- A position of a display map cost five divisions by extents that are the same for the whole map, and three whole-number ones.
+  It costs a reciprocal's product and one. Programs, each of which finds the extents first, are half as many.
 - What is left: the sum of the partial maps is a launch of the library's, and the display kernel computes every output by itself
   where the CUDA kernel shares a row's part. In bfloat16 channels first, `mean` is bound by its instructions (the spreading and
   the sums of channels by shuffles), not by the memory. `utility_rows` reads the logits three times.

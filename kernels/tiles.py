@@ -31,9 +31,9 @@ class Whole:
     """Tiles that have all positions of their channels.
 
     Attributes:
-        flat: whether what a tile covers lies side by side in memory. 7 x 7 positions of float32 are 196 bytes, so that a channel
-            begins anywhere; the tile begins at a multiple of 16 bytes and is read in loads of that width, as if it had one
-            dimension, and spread into its two inside the multiprocessor.
+        flat: whether what a tile covers lies side by side in memory. 7 x 7 positions of float32 are 196 bytes, so that a
+            channel begins anywhere; the tile begins at a multiple of 16 bytes and is read in loads of that width, as if it had
+            one dimension, and spread into its two inside the multiprocessor.
         channels: of a tile, a power of two.
         positions: columns of a tile, a power of two, at least as many as there are positions.
         warps: of a program.
@@ -53,11 +53,11 @@ def channels_last(x: Tensor) -> bool:
 def whole(*tensors: Tensor, again: bool = False) -> Whole | None:
     """The tile for these tensors [N, C, S] of one layout; None where the positions are too many, or the layouts differ.
 
-    Channels last are read in wide loads by any tile: there it is worth its sums if a smaller one would read something ``again``.
+    Channels last are read in wide loads by any tile: there it is worth its sums if others would read something ``again``.
     """
     n, c, s = tensors[0].shape
     flat = all(x.stride(2) == 1 and x.stride(1) == s for x in tensors)
-    if s > MOST["first" if flat else "last"] or not (flat or again and all(map(channels_last, tensors))):
+    if s > MOST["first" if flat else "last"] or not (flat or (again and all(map(channels_last, tensors)))):
         return None
     positions = triton.next_power_of_2(s)
     channels = min(WHOLE[len(tensors)] // positions, triton.next_power_of_2(c))

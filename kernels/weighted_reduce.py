@@ -157,7 +157,8 @@ def weighted_reduce(activations: Tensor, gradient: Tensor, hvp: Tensor | None, p
             activations, gradient, second, parts,
             *activations.stride(), *gradient.stride(), *second.stride(),
             c, s, pieces,
-            POOLING=code, HAS_H=hvp is not None, ACC=acc, FLAT=tile.flat, CHANNELS=channels, POSITIONS=positions, num_warps=warps,
+            POOLING=code, HAS_H=hvp is not None, ACC=acc,
+            FLAT=tile.flat, CHANNELS=channels, POSITIONS=positions, num_warps=warps,
         )  # fmt: skip
     if pieces > 1:
         torch.sum(parts[:, :, 0], 1, out=out)

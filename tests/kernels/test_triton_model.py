@@ -44,7 +44,7 @@ def test_every_case_is_predicted_on_every_chip_and_called_a_prediction():
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_activations_are_read_in_loads_of_16_bytes_and_nothing_spills(chip):
-    """Also where a channel begins anywhere, as with 7 x 7 positions; of narrower loads there are only the weights of channels."""
+    """Also where a channel begins anywhere, as with 7 x 7 positions; narrower loads are of channels' weights."""
     for name, kernel in CONTENT["chips"][chip]["kernels"].items():
         assert kernel["stack"] <= 16, name
         if name.startswith("weighted_reduce"):
