@@ -77,33 +77,35 @@ def disassembler() -> str | None:
     return next((place for place in places if place is not None and Path(place).is_file()), None)
 
 
-def _operation(instruction: str) -> str:
+def operation(instruction: str) -> str:
+    """What an instruction does, without the predicate in front of it."""
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
 
 
-def _bytes(operation: str) -> int:
-    parts = operation.split(".")
-    return next((size for name, size in _WIDTHS if name in parts), 4)
+def size_of(name: str) -> int:
+    """Bytes that an operation loads or stores per thread."""
+    parts = name.split(".")
+    return next((size for width, size in _WIDTHS if width in parts), 4)
 
 
 def _registers(text: str) -> set[int]:
     return {int(number) for number in re.findall(r"\bR(\d+)\b", text)}
 
 
-def flight(body: Sequence[str]) -> int:
-    """Most bytes under way at once: a load is until an instruction names a register that it fills."""
+def flight(body: Sequence[str], turns: int = 2) -> int:
+    """Most bytes under way at once: a load is until an instruction names a register that it fills, perhaps in the next turn."""
     under_way: dict[int, int] = {}  # first register to bytes
     most = 0
-    for instruction in [*body, *body]:  # twice: a load may be used in the next turn
-        operation, named = _operation(instruction), _registers(instruction)
-        if operation.startswith("LDG"):
+    for instruction in [*body] * turns:
+        loading, named = operation(instruction), _registers(instruction)
+        if loading.startswith("LDG"):
             first = re.search(r"\bR(\d+)\b", instruction)
             named -= {int(first[1])} if first else set()
         for start, size in list(under_way.items()):
             if any(start <= register < start + -(-size // 4) for register in named):
                 del under_way[start]
-        if operation.startswith("LDG") and first:
-            under_way[int(first[1])] = _bytes(operation)
+        if loading.startswith("LDG") and first:
+            under_way[int(first[1])] = size_of(loading)
             most = max(most, sum(under_way.values()))
     return most
 
@@ -113,13 +115,21 @@ def _shortest(body: Sequence[str], targets: dict[int, int]) -> int:
     cost = [len(body) + 1] * len(body)
     cost[0] = 1
     for i, instruction in enumerate(body[:-1]):
-        always = _operation(instruction).startswith(("BRA", "EXIT", "RET")) and not instruction.startswith("@")
+        always = operation(instruction).startswith(("BRA", "EXIT", "RET")) and not instruction.startswith("@")
         following = [] if always else [i + 1]
         if i in targets:
             following.append(targets[i])
         for j in following:
             cost[j] = min(cost[j], cost[i] + 1)
     return min(cost[-1], len(body))
+
+
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ;")
+
+
+def instructions(section: str) -> list[str]:
+    """The code of a kernel without its labels."""
+    return [found[1] for line in section.splitlines() if (found := _INSTRUCTION.match(line))]
 
 
 def read(section: str) -> tuple[int, int, int, list[Loop]]:
@@ -129,7 +139,7 @@ def read(section: str) -> tuple[int, int, int, list[Loop]]:
     for line in section.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ;", line):
+        elif found := _INSTRUCTION.match(line):
             code.append(found[1])
     branches = {}
     for i, instruction in enumerate(code):
@@ -142,14 +152,14 @@ def read(section: str) -> tuple[int, int, int, list[Loop]]:
         own = [i for i in range(a, b + 1) if not any(c <= i <= d for c, d in inner)]
         place = {i: position for position, i in enumerate(own)}
         body = [code[i] for i in own]
-        loads = [_bytes(op) for op in map(_operation, body) if op.startswith("LDG")]
-        stores = [_bytes(op) for op in map(_operation, body) if op.startswith("STG")]
+        loads = [size_of(op) for op in map(operation, body) if op.startswith("LDG")]
+        stores = [size_of(op) for op in map(operation, body) if op.startswith("STG")]
         targets = {place[i]: place[to] for i, to in branches.items() if i in place and to in place and to > i}
         if loads or stores:
             within += 0 if inner else len(body)
             instructions = len(body) if inner else _shortest(body, targets)
             loops.append(Loop(instructions, sum(loads), max(loads, default=0), flight(body), sum(stores), not inner))
-    operations = [_operation(instruction) for instruction in code]
+    operations = [operation(instruction) for instruction in code]
     barriers = sum(op.startswith("BAR") for op in operations)
     return len(code) - within, barriers, sum(op.startswith("SHFL") for op in operations), loops
 

@@ -103,14 +103,16 @@ def chosen(facts: Facts, width: int, count: int) -> list[Loop]:
     return [loop for loop in facts.loops if any(loop is one for one in best)]
 
 
-def seconds(launch: Launch, facts: Facts, work: Work, width: int, chip: Chip) -> float:
-    """PREDICTED seconds of the launch, an empty one's included. ``width``: bytes of an element of the activations."""
+def seconds(launch: Launch, facts: Facts, work: Work, width: int, chip: Chip, outside: float = OUTSIDE) -> float:
+    """PREDICTED seconds of the launch, an empty one's included. ``width``: bytes of an element of the activations; ``outside``:
+    share of the code outside the loops that a call runs.
+    """
     blocks, threads = launch.blocks, launch.threads
     most = resident(launch, facts, chip) * chip.multiprocessors
     together = -(-min(blocks, most) // chip.multiprocessors)
     cpi = max(CPI, threads / 32 / 4 * together / ISSUE)
     latency = LOADED * chip.memory_cycles if work.in_memory else chip.l2_cycles
-    cycles = OUTSIDE * facts.outside * cpi + BARRIER * facts.barriers + SHUFFLE * facts.shuffles
+    cycles = outside * facts.outside * cpi + BARRIER * facts.barriers + SHUFFLE * facts.shuffles
     loops = chosen(facts, width, len(work.loads))
     for i, moved in enumerate(work.loads):
         share = moved / blocks / threads  # of a thread

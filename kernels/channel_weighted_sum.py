@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import partial_maps, tile_of
+from .tiles import load_whole, partial_maps, spread, tile_of, whole
 
 
 @triton.jit
@@ -30,19 +30,48 @@ def _kernel(
             tl.store(parts + (program * M + m) * S + s, tl.sum(x * w[:, None], 0), mask=s < S)
 
 
+@triton.jit
+def _whole_kernel(
+    a, alpha, parts,
+    a_n, a_c, a_s, w_n, w_m, w_c,
+    C, S, M, pieces,
+    ACC: tl.constexpr, FLAT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """CHANNELS channels with all their positions: see Whole in tiles.py."""
+    program = tl.program_id(0).to(tl.int64)
+    n = program // pieces
+    first = program % pieces * CHANNELS
+    c = first + tl.arange(0, CHANNELS)
+    s = tl.arange(0, POSITIONS)
+    x = load_whole(a, n, first, C, S, a_n, a_c, a_s, FLAT, CHANNELS, POSITIONS)
+    x = spread(x, S, FLAT, CHANNELS, POSITIONS).to(ACC)
+    for m in range(0, M):
+        w = tl.load(alpha + n * w_n + m * w_m + c * w_c, mask=c < C, other=0.0).to(ACC)
+        tl.store(parts + (program * M + m) * S + s, tl.sum(x * w[:, None], 0), mask=s < S)
+
+
 def channel_weighted_sum(activations: Tensor, alpha: Tensor, out: Tensor) -> None:
     """Fill ``out`` [N, M, S] (float32, or float64 for float64 activations)."""
     n, c, s = activations.shape
-    rows = alpha.shape[1]
-    channels, positions, warps = tile_of(activations)
+    classes = alpha.shape[1]
+    tile = whole(activations)
+    channels, positions, warps = tile_of(activations) if tile is None else (tile.channels, tile.positions, tile.warps)
     pieces = triton.cdiv(c, channels)
-    parts = out[:, None] if pieces == 1 else partial_maps(activations, rows, pieces, out.dtype)
-    _kernel[(n * pieces,)](
-        activations, alpha, parts,
-        *activations.stride(), *alpha.stride(),
-        c, s, rows, pieces,
-        ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
-        BLOCK_C=channels, BLOCK_S=positions, num_warps=warps,
-    )  # fmt: skip
+    parts = out[:, None] if pieces == 1 else partial_maps(activations, classes, pieces, out.dtype)
+    acc = tl.float64 if out.dtype == torch.float64 else tl.float32
+    if tile is None:
+        _kernel[(n * pieces,)](
+            activations, alpha, parts,
+            *activations.stride(), *alpha.stride(),
+            c, s, classes, pieces,
+            ACC=acc, BLOCK_C=channels, BLOCK_S=positions, num_warps=warps,
+        )  # fmt: skip
+    else:
+        _whole_kernel[(n * pieces,)](
+            activations, alpha, parts,
+            *activations.stride(), *alpha.stride(),
+            c, s, classes, pieces,
+            ACC=acc, FLAT=tile.flat, CHANNELS=channels, POSITIONS=positions, num_warps=warps,
+        )  # fmt: skip
     if pieces > 1:
         torch.sum(parts, 1, out=out)

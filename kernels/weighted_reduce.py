@@ -1,7 +1,8 @@
 """weighted_reduce: every method row, one program per image and piece of the channels.
 
-A program first reduces the weights of its channels over the positions (rows that need it), then adds its channels up tile by
-tile into a partial map; the partial maps are added in a fixed order. See csrc/cuda/reduce.cu for the same plan in CUDA.
+A program first reduces the weights of its channels over the positions (rows that need it), then adds its channels up into a
+partial map; the partial maps are added in a fixed order. Where the positions are few, a program has all of them in one tile
+and reads everything once; else it goes over them tile by tile. See csrc/cuda/reduce.cu for the same plan in CUDA.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import partial_maps, tile_of
+from .tiles import load_whole, partial_maps, spread, tile_of, whole
 
 # Order of shapleycam.ops.contract.POOLINGS.
 MEAN = tl.constexpr(0)
@@ -97,19 +98,67 @@ def _kernel(
         tl.store(parts + program * S + s, tl.sum(x, 0), mask=s < S)
 
 
+@triton.jit
+def _whole_kernel(
+    a, g, h, parts,
+    a_n, a_c, a_s, g_n, g_c, g_s, h_n, h_c, h_s,
+    C, S, pieces,
+    POOLING: tl.constexpr, HAS_H: tl.constexpr, ACC: tl.constexpr,
+    FLAT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """CHANNELS channels with all their positions: see Whole in tiles.py."""
+    program = tl.program_id(0).to(tl.int64)
+    n = program // pieces
+    first = program % pieces * CHANNELS
+    w = load_whole(g, n, first, C, S, g_n, g_c, g_s, FLAT, CHANNELS, POSITIONS).to(ACC)
+    x = load_whole(a, n, first, C, S, a_n, a_c, a_s, FLAT, CHANNELS, POSITIONS)
+    if HAS_H:
+        w -= 0.5 * load_whole(h, n, first, C, S, h_n, h_c, h_s, FLAT, CHANNELS, POSITIONS).to(ACC)
+    if POOLING == ELEMENTWISE:
+        x = spread(x.to(ACC) * w, S, FLAT, CHANNELS, POSITIONS)
+    elif POOLING == ELEMENTWISE_RELU:
+        x = spread(_positive(x.to(ACC) * w), S, FLAT, CHANNELS, POSITIONS)
+    elif POOLING == POSITIVE_GRADIENT:
+        x = spread(x.to(ACC) * _positive(w), S, FLAT, CHANNELS, POSITIONS)
+    else:
+        x = spread(x, S, FLAT, CHANNELS, POSITIONS).to(ACC)
+        w = spread(w, S, FLAT, CHANNELS, POSITIONS)
+        if POOLING == MEAN:
+            alpha = tl.sum(w, 1) / S
+        elif POOLING == ACTIVATION:
+            alpha = tl.sum(w * x, 1) / (tl.sum(x, 1) + 1e-7)
+        else:
+            square = w * w
+            ratio = square / (2 * square + square * w * tl.sum(x, 1)[:, None] + 1e-6)
+            alpha = tl.sum(tl.where(w == 0, 0.0, _positive(w) * ratio), 1)
+        x *= alpha[:, None]
+    s = tl.arange(0, POSITIONS)
+    tl.store(parts + program * S + s, tl.sum(x, 0), mask=s < S)
+
+
 def weighted_reduce(activations: Tensor, gradient: Tensor, hvp: Tensor | None, pooling: str, out: Tensor) -> None:
     """Fill ``out`` [N, S] (float32, or float64 for float64 activations) with the signed map of the row ``pooling``."""
     n, c, s = activations.shape
-    channels, positions, warps = tile_of(activations)
+    second = gradient if hvp is None else hvp  # an unused pointer, when there is none
+    tile = whole(activations, gradient, second, again=pooling in ("activation", "plusplus"))
+    channels, positions, warps = tile_of(activations) if tile is None else (tile.channels, tile.positions, tile.warps)
     pieces = triton.cdiv(c, channels)
     parts = out[:, None] if pieces == 1 else partial_maps(activations, 1, pieces, out.dtype)
-    second = gradient if hvp is None else hvp  # an unused pointer, when there is none
-    _kernel[(n * pieces,)](
-        activations, gradient, second, parts,
-        *activations.stride(), *gradient.stride(), *second.stride(),
-        c, s, pieces,
-        POOLING=_CODES[pooling], HAS_H=hvp is not None, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
-        BLOCK_C=channels, BLOCK_S=positions, num_warps=warps,
-    )  # fmt: skip
+    code, acc = _CODES[pooling], tl.float64 if out.dtype == torch.float64 else tl.float32
+    if tile is None:
+        _kernel[(n * pieces,)](
+            activations, gradient, second, parts,
+            *activations.stride(), *gradient.stride(), *second.stride(),
+            c, s, pieces,
+            POOLING=code, HAS_H=hvp is not None, ACC=acc, BLOCK_C=channels, BLOCK_S=positions, num_warps=warps,
+        )  # fmt: skip
+    else:
+        _whole_kernel[(n * pieces,)](
+            activations, gradient, second, parts,
+            *activations.stride(), *gradient.stride(), *second.stride(),
+            c, s, pieces,
+            POOLING=code, HAS_H=hvp is not None, ACC=acc,
+            FLAT=tile.flat, CHANNELS=channels, POSITIONS=positions, num_warps=warps,
+        )  # fmt: skip
     if pieces > 1:
         torch.sum(parts[:, :, 0], 1, out=out)

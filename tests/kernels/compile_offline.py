@@ -38,6 +38,7 @@ VIEWS = {
     "first": ((2, 256, 784), "first"),
     "last": ((2, 256, 784), "last"),
     "dense": ((2, 2048, 49), "first"),
+    "dense last": ((2, 2048, 49), "last"),
     "odd first": ((3, 33, 49), "first"),
     "odd last": ((3, 33, 49), "last"),
     "tokens": ((2, 37, 196), "tokens"),
@@ -46,6 +47,8 @@ VIEWS = {
     "huge": ((2, 1 << 12, 1 << 20), "first"),
     "huge last": ((2, 1 << 12, 1 << 20), "last"),
 }
+#: One for each way of cutting the activations into tiles.
+KINDS = ("first", "last", "dense", "dense last")
 
 
 class Driver:
@@ -127,12 +130,12 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
     yes_no = (False, True)
     outs = (None, torch.float16, torch.uint8)
-    for pooling, second, dtype, view in itertools.product(POOLINGS, yes_no, FLOATS, ("first", "last")):
+    for pooling, second, dtype, view in itertools.product(POOLINGS, yes_no, FLOATS, KINDS):
         yield "weighted_reduce", lambda: reduce(view, dtype, dtype, pooling, second)
     for view in VIEWS:
         yield "weighted_reduce", lambda: reduce(view, torch.bfloat16, torch.bfloat16, "plusplus", True)
     yield "weighted_reduce", lambda: reduce("last", torch.float16, torch.float32, "mean", True)
-    for dtype, view in itertools.product(FLOATS, ("first", "last")):
+    for dtype, view in itertools.product(FLOATS, KINDS):
         yield "channel_weighted_sum", lambda: weighted_sum(view, dtype, 1)
     for view in VIEWS:
         yield "channel_weighted_sum", lambda: weighted_sum(view, torch.bfloat16, 5)
