@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_lines_of_the_page_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     names: dict = {"model": network(curved=False), "images": torch.randn(2, 3, 16, 16)}
     for block in blocks:
