@@ -25,10 +25,9 @@ from shapleycam import Explainer
 from shapleycam.profiling.conditions import conditions
 from shapleycam.profiling.stages import Clock
 
-from .performance_page import page
+from . import performance_page
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "performance.md"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULT = ROOT / "bench" / "results" / f"growth-{DEVICE.type}.json"
 ROUNDS = 15
@@ -104,7 +103,7 @@ def main() -> None:
     if "--page" not in sys.argv[1:]:
         rows = [measure(engine, axis) for engine in ENGINES for axis in AXES]
         RESULT.write_text(json.dumps({"conditions": conditions(DEVICE), "usual": USUAL, "rows": rows}, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(RESULT.read_text())))
+    performance_page.write()
 
 
 if __name__ == "__main__":

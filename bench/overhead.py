@@ -1,7 +1,7 @@
 """What a call costs beyond the model's own forward pass: explainer(x) minus model(x), for models that are little but a head.
 
     python -m bench.overhead           # prints
-    python -m bench.overhead --write   # writes bench/results/overhead.json
+    python -m bench.overhead --write   # writes bench/results/overhead.json and docs/performance.md
 
 One thread; the two calls alternate, and of each the 5th percentile counts, which other processes hardly touch.
 """
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from shapleycam import Explainer
 from shapleycam.profiling.measure import dispatched
+
+from . import performance_page
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 
@@ -77,6 +79,7 @@ def main() -> None:
         print(f"{name:30}", *(f"{what}: {value}" for what, value in row.items()), sep="  ")
     if asked.write:
         RESULT.write_text(json.dumps({"torch": torch.__version__, "threads": 1, "calls": found}, indent=1) + "\n")
+        performance_page.write()
 
 
 if __name__ == "__main__":

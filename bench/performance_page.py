@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+RESULTS = Path(__file__).parent / "results"
 
 TEXT = """\
 # Where the time goes
@@ -48,6 +53,15 @@ the distance from it.
 - **Counting instead of timing**: `make perf-guard` compares instructions, bytecodes, operators and allocations with committed
   counts, which no noise moves.
 
+## What a call costs whatever the model
+
+Microseconds that `explainer(images)` takes beyond the model's own call, for models that are little but a head, in one thread:
+checks, hooks, targets, and the operators' calls. The closed form's aim is 150. Made by `python -m bench.overhead --write`.
+
+| call | 5th percentile | median |
+| --- | --: | --: |
+{calls}
+
 ## How the cost grows
 
 {device}, {threads} threads, torch {torch}, commit {commit}; made by `python -m bench.growth`. What an explanation with
@@ -60,12 +74,22 @@ and heatmaps of {image} × {image}, with one of them varied; the exponent is tha
 """
 
 
-def page(result: dict[str, Any]) -> str:
-    """The page."""
+def page(growth: dict[str, Any], overhead: dict[str, Any]) -> str:
+    """The page, of the results of bench.growth and bench.overhead."""
     lines = []
-    for row in result["rows"]:
+    for row in growth["rows"]:
         steps = ", ".join(f"{extent}: {seconds * 1e3:.2f}" for extent, seconds in row["seconds"].items())
         lines.append(f"| `{row['engine']}` | {row['axis']} | {steps} | {row['exponent']:.2f} |")
-    known = result["conditions"]
+    calls = [
+        f"| {name} | {row['overhead us, 5th percentile']:.0f} | {row['overhead us, median']:.0f} |"
+        for name, row in overhead["calls"].items()
+    ]
+    known = growth["conditions"]
     told = {key: known[key] for key in ("device", "threads", "torch", "commit")}
-    return TEXT.format(**told, **result["usual"], table="\n".join(lines))
+    return TEXT.format(**told, **growth["usual"], table="\n".join(lines), calls="\n".join(calls))
+
+
+def write() -> None:
+    """Write the page of the results as they are."""
+    growth, overhead = (json.loads((RESULTS / name).read_text()) for name in ("growth-cpu.json", "overhead.json"))
+    PAGE.write_text(page(growth, overhead))

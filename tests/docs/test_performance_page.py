@@ -1,4 +1,4 @@
-"""The pages of bench.growth and bench.peers are made of the committed results."""
+"""The pages of bench.growth, bench.overhead and bench.peers are made of the committed results."""
 
 import json
 
@@ -6,15 +6,15 @@ import pytest
 
 pytest.importorskip("timm")
 
-from bench import growth, peers
+from bench import growth, peers, performance_page
 from bench.peers_page import page, summary
-from bench.performance_page import page as performance
 
 RESULTS = growth.ROOT / "bench" / "results"
 
 
 def test_pages_are_made_of_the_committed_results():
-    assert growth.PAGE.read_text() == performance(json.loads((RESULTS / "growth-cpu.json").read_text()))
+    measured = (json.loads((RESULTS / name).read_text()) for name in ("growth-cpu.json", "overhead.json"))
+    assert performance_page.PAGE.read_text() == performance_page.page(*measured)
     assert peers.PAGE.read_text() == page(json.loads((RESULTS / "peers-cpu.json").read_text()))
 
 
