@@ -22,7 +22,7 @@ demo: $(STAMP)  ## Explain five photographs; prints where the contact sheet is
 	$(BIN)/shapleycam demo
 
 test: $(STAMP)  ## The whole test suite, on two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 long: $(STAMP)  ## The tests of minutes, of which the suite has a short form
 	$(BIN)/python -m pytest -m long
