@@ -50,9 +50,11 @@ torch-cam's README gives the time that GradCAM adds to the forward pass. The sam
 
 def page(result: dict[str, Any]) -> str:
     """The page."""
-    rows = [row for row in result["rows"] if row["dtype"] == "float32"]
+    rows = [row | {"network": label(row)} for row in result["rows"]]
     known = rows[0]["conditions"]
+    threads = sorted({row["conditions"]["threads"] for row in rows})
     places = list(dict.fromkeys((row["network"], row["batch"]) for row in rows))
+    places.sort(key=lambda place: (place[0].endswith("bfloat16"), *place))
     rivals = list(dict.fromkeys(row["rival"] for row in rows))
     rivals.sort(key=lambda name: not name.startswith("ours"))
     at = {(row["network"], row["batch"], row["rival"]): row for row in rows if "failed" not in row}
@@ -74,7 +76,7 @@ def page(result: dict[str, Any]) -> str:
 
     return TEXT.format(
         device=known["device"],
-        threads=known["threads"],
+        threads=" and ".join(map(str, threads)),
         torch=known["torch"],
         peers=", ".join(f"{name} {known[name]}" for name in ("grad-cam", "torchcam", "captum")),
         columns=" | ".join(rivals),
@@ -85,6 +87,11 @@ def page(result: dict[str, Any]) -> str:
         overhead=overhead(at, places),
         failed=failed(result["rows"]),
     )
+
+
+def label(row: dict[str, Any]) -> str:
+    """The network, with the dtype where that is not float32."""
+    return str(row["network"]) if row.get("dtype", "float32") == "float32" else f"{row['network']}, {row['dtype']}"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
