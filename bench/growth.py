@@ -5,7 +5,9 @@
 
 A network whose trunk is one pointwise convolution, so that what is behind it can be seen; one extent varies, and the exponent
 is the slope of log(time) over log(extent) at its last step, where it is least hidden behind what every call costs. The time is
-the explanation's with heatmaps, less the plain forward pass of the same round: medians of rounds that take turns.
+the explanation's with heatmaps, less the plain forward pass of the same round: medians of rounds that take turns, with the
+quartiles of these differences. Where the lower quartile is not above nothing there is no exponent. Freed memory is kept by the
+process, as the command line has it: else the system's clearing of pages is what is timed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from shapleycam import Explainer
+from shapleycam.cli import keep_freed_memory
 from shapleycam.profiling.conditions import conditions
 from shapleycam.profiling.stages import Clock
 
@@ -30,7 +33,7 @@ from . import performance_page
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULT = ROOT / "bench" / "results" / f"growth-{DEVICE.type}.json"
-ROUNDS = 15
+ROUNDS = 41
 USUAL = {"batch": 4, "classes": 1, "channels": 512, "positions": 14, "image": 224}
 #: What each extent runs through; positions and image are sides of squares.
 AXES = {
@@ -86,23 +89,27 @@ def measure(engine: str, axis: str) -> dict[str, Any]:
     clock = Clock(DEVICE)
     for number in range(ROUNDS + 1):
         for extent in extents:
-            times = []
-            for call in calls[extent]:
+            times = [0.0, 0.0]
+            for i in (0, 1) if number % 2 else (1, 0):  # each is the first in half of the rounds
                 before = clock.read()
-                call()
-                times.append(clock.seconds(before, clock.read()))
+                calls[extent][i]()
+                times[i] = clock.seconds(before, clock.read())
             if number:
                 samples[extent].append(times[1] - times[0])
     seconds = {extent: statistics.median(values) for extent, values in samples.items()}
+    quartiles = {extent: statistics.quantiles(values, n=4)[::2] for extent, values in samples.items()}
     low, high = extents[-2], extents[-1]
-    exponent = math.log(max(seconds[high], 1e-9) / max(seconds[low], 1e-9)) / math.log(high / low)
-    return {"engine": engine, "axis": axis, "seconds": seconds, "exponent": exponent}
+    sure = quartiles[low][0] > 0 and quartiles[high][0] > 0
+    exponent = math.log(seconds[high] / seconds[low]) / math.log(high / low) if sure else None
+    return {"engine": engine, "axis": axis, "seconds": seconds, "quartiles": quartiles, "exponent": exponent}
 
 
 def main() -> None:
     if "--page" not in sys.argv[1:]:
+        kept = keep_freed_memory()
         rows = [measure(engine, axis) for engine in ENGINES for axis in AXES]
-        RESULT.write_text(json.dumps({"conditions": conditions(DEVICE), "usual": USUAL, "rows": rows}, indent=1) + "\n")
+        found = {"conditions": conditions(DEVICE), "freed_memory_is_kept": kept, "usual": USUAL, "rows": rows}
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
     performance_page.write()
 
 

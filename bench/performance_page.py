@@ -66,7 +66,8 @@ checks, hooks, targets, and the operators' calls. The closed form's aim is 150. 
 
 {device}, {threads} threads, torch {torch}, commit {commit}; made by `python -m bench.growth`. What an explanation with
 heatmaps adds to the forward pass, at batch {batch}, {classes} class, {channels} channels, {positions} × {positions} positions
-and heatmaps of {image} × {image}, with one of them varied; the exponent is that of the last step.
+and heatmaps of {image} × {image}, with one of them varied: medians, with the quartiles in brackets. The exponent is that of the
+last step; there is none where the forward pass's own noise is larger than what is added.
 
 | engine | varied | added milliseconds | exponent |
 | --- | --- | --- | --- |
@@ -78,8 +79,12 @@ def page(growth: dict[str, Any], overhead: dict[str, Any]) -> str:
     """The page, of the results of bench.growth and bench.overhead."""
     lines = []
     for row in growth["rows"]:
-        steps = ", ".join(f"{extent}: {seconds * 1e3:.2f}" for extent, seconds in row["seconds"].items())
-        lines.append(f"| `{row['engine']}` | {row['axis']} | {steps} | {row['exponent']:.2f} |")
+        steps = ", ".join(
+            f"{extent}: {seconds * 1e3:.2f} ({' to '.join(f'{each * 1e3:.2f}' for each in row['quartiles'][extent])})"
+            for extent, seconds in row["seconds"].items()
+        )
+        exponent = "-" if row["exponent"] is None else f"{row['exponent']:.2f}"
+        lines.append(f"| `{row['engine']}` | {row['axis']} | {steps} | {exponent} |")
     calls = [
         f"| {name} | {row['overhead us, 5th percentile']:.0f} | {row['overhead us, median']:.0f} |"
         for name, row in overhead["calls"].items()
