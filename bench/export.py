@@ -1,7 +1,7 @@
 """Exported explanations of real networks: do they agree, and what do they cost?
 
     python -m bench.export                       # or: make export-networks
-    python -m bench.export --networks resnet18   # some only; the figures of the others are kept
+    python -m bench.export --networks "ResNet-18;Swin-T"   # some only; the figures of the others are kept
 
 The paper's twelve networks, a vision transformer and a layer in front of an in-place ReLU, with seeded random weights at 224
 pixels, and the demo's trained network. Each is exported as ONNX and as an ExportedProgram, which compares both with the
@@ -241,13 +241,15 @@ def conditions(threads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", help="names with commas between them; all by default")
+    parser.add_argument("--networks", help="names of the table with ; between them; all by default")
     parser.add_argument("--rounds", type=int, default=15, help="of timing; 0 for none")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     chosen = list(NETWORKS) if arguments.networks is None else arguments.networks.split(";")
     known = {row["network"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.is_file() else {}
+    if unknown := [name for name in chosen if name not in NETWORKS]:
+        parser.error(f"--networks: {', '.join(map(repr, unknown))} not among {'; '.join(NETWORKS)}")
     for name in chosen:
         row = row_of(name, arguments.rounds, arguments.threads)
         row["conditions"] = conditions(arguments.threads)
