@@ -1,6 +1,7 @@
 """Artefacts for images of any height and width, against autograd in float64 at sizes that they were not made with."""
 
 import copy
+from importlib.util import find_spec
 
 import numpy
 import onnx
@@ -13,6 +14,7 @@ from shapleycam import Explainer, ExportError, InputError
 from shapleycam.export import export, load, make
 from shapleycam.program.pooled import PooledProgram
 
+from ..helpers import Split, build, narrow_vgg11
 from .conftest import CLASSES, PREPROCESS, SIZE
 
 ALL = ("prediction", "saliency_map", "raw_map", "target_class", "feature_vector")
@@ -99,6 +101,69 @@ def test_channels_last_and_quadrature(tmp_path, engine):
         assert off(artefact.explain(images).maps, precise(images.double()).raw) < 1e-5
 
 
+def curved():
+    """Strides, pools with and without overlap, and an adaptive one; behind them two linear layers."""
+    torch.manual_seed(3)
+    head = nn.Sequential(
+        nn.Conv2d(6, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 8, 1),
+        nn.GELU(),
+        nn.AvgPool2d(2, 1),
+        nn.AdaptiveAvgPool2d((3, 2)),
+        nn.Flatten(),
+        nn.Linear(48, 9),
+        nn.Tanh(),
+        nn.Linear(9, CLASSES),
+    )
+    with torch.no_grad():
+        head[-1].weight.mul_(5)
+        head[1].running_var.uniform_(0.3, 1.5)
+    return Split(nn.Conv2d(3, 6, 3, 2, 1), head).eval()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_head_with_derivatives_of_its_own(tmp_path, suffix):
+    model = curved()
+    runtimes = ["onnxruntime", "openvino"] if suffix == ".onnx" and find_spec("openvino") else []
+    explainer, path = Explainer(model, "target"), tmp_path / f"a{suffix}"
+    made = export(explainer, images_of(2, 32, 32), path, dynamic_size=True, targets="given", outputs=ALL[:4], runtimes=runtimes)
+    precise = by_autograd(model, "target")
+    assert precise(images_of(1, 32, 32).double()).diagnostics.engine == "reverse_over_reverse"
+    for runtime in runtimes or ["torch"]:
+        artefact = load(path, runtime=runtime)
+        for i, size in enumerate((made.metadata.least_size, (32, 32), (33, 70), (50, 47), (97, 101))):
+            images = images_of(1 + i % 3, *size)
+            targets = torch.arange(len(images)) * 2
+            found, expected = artefact.explain(images, targets), precise(images.double(), targets)
+            assert off(found.logits, expected.logits) < 1e-5 and off(found.raw, expected.raw) < 1e-5
+            assert off(found.maps, expected.heatmaps()) < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "layer", "size"),
+    [
+        ("vgg11", "features.20", 64),
+        ("vgg11", "features.18", 64),  # in front of a ReLU that writes
+        ("resnet18", "layer3", 64),
+        ("densenet121", "features.denseblock4", 64),  # a ReLU and a pool behind it
+        ("mobilenet_v3_small", "features.10", 64),  # squeeze and excitation
+        ("convnext_tiny", "features.7", 64),  # LayerNorm behind the pool
+    ],
+)
+def test_heads_of_torchvision_with_derivatives_of_their_own(tmp_path, name, layer, size):
+    model = narrow_vgg11(size) if name == "vgg11" else build(f"tv:{name}", size)
+    artefact = export(Explainer(model, layer), images_of(2, size, size), tmp_path / "a.onnx", dynamic_size=True, maps="raw")
+    precise = by_autograd(model, layer)
+    for i, other in enumerate(((size, size), (65, 130), (161, 97))):
+        images = images_of(1 + i % 3, *other)
+        found, expected = artefact.explain(images), precise(images.double())
+        assert off(found.logits, expected.logits) < 1e-4 and off(found.maps, expected.raw) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("mobilenet_v2", {"width_mult": 0.25})])
 def test_networks_of_torchvision_in_both_runtimes(tmp_path, name, options):
@@ -139,6 +204,17 @@ def test_the_model_api_with_pixels(made):
     pixels = numpy.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=numpy.uint8)
     found = models.Model.create_model(adapter, preload=True)(pixels).saliency_map
     numpy.testing.assert_allclose(found, artefact.explain(pixels[None]).maps, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_compiled_library_of_a_head_with_derivatives_of_its_own(tmp_path):
+    model = curved()
+    artefact = export(Explainer(model, "target"), images_of(2, 32, 32), tmp_path / "a.pt2", format="aoti", dynamic_size=True)
+    precise = by_autograd(model, "target")
+    for i, size in enumerate((artefact.metadata.least_size, (32, 32), (33, 70), (97, 101))):
+        images = images_of(1 + i % 3, *size)
+        found, expected = artefact.explain(images), precise(images.double())
+        assert off(found.logits, expected.logits) < 1e-5 and off(found.maps, expected.heatmaps()) < 1e-3
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..program.graph import SIZE
 from .check import classes_of
 from .formats import Run, check_runtimes, format_of
-from .interface import SIZE
 from .metadata import Metadata, Port
 
 

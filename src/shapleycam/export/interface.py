@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ExportError, InputError
 from ..model.capture import tensor_of
 from ..model.layouts import Layout
+from ..program.graph import SIZE
 from .metadata import Port
 from .pixels import Pixels
 
@@ -112,8 +113,8 @@ def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-#: What the free dimensions of images and of maps are called.
-SIZE, GRID = ("height", "width"), ("grid_height", "grid_width")
+#: What the free dimensions of maps are called.
+GRID = ("grid_height", "grid_width")
 
 
 def input_ports(targets: str, image_shape: Sequence[int | str], pixels: Pixels | None, dtype: torch.dtype) -> tuple[Port, ...]:

@@ -14,13 +14,13 @@ from ..data.images import Preprocess
 from ..errors import ExportError, InputError
 from ..explainer import Explainer
 from ..optional import need
-from ..program.graph import TRACING, plainly
+from ..program.graph import SIZE, TRACING, plainly
 from ..program.sizes import other_sizes, resized
 from .artefact import Artefact, load
 from .check import BATCHES, TOLERANCE, Reference, as_pixels, check, examples, judge
 from .files import written
 from .formats import check_runtimes, format_for
-from .interface import MAPS, SIZE, TARGETS, Interface, check_choice, check_outputs, input_ports, output_ports
+from .interface import MAPS, TARGETS, Interface, check_choice, check_outputs, input_ports, output_ports
 from .metadata import Metadata, weights_checksum
 from .pixels import Pixels
 from .tracing import trace
@@ -71,8 +71,7 @@ def export(
         resize: take decoded pictures of any size, and resize and crop them inside as ``preprocess.view`` does with the Pillow
             that is installed, to the same levels.
         dynamic_size: take images of any height and width, as they are, from a least one on (``metadata.least_size``), which
-            depends on the model; maps follow. For convolutional models with a pool-and-linear head; the file is compared
-            at three sizes more.
+            depends on the model; maps follow. For convolutional models; the file is compared at three sizes more.
         classes: the names of the classes, for the metadata.
         name: of the model, for the metadata; its class's by default.
         opset: of ONNX; 18 by default.

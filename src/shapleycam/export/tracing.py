@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from ..errors import ExportError, ShapleyCamError
-from ..program.graph import TRACING, shadow
-from .interface import SIZE, Interface
+from ..program.graph import TRACING, one_size, rule_of, shadow
+from .interface import Interface
 from .metadata import Port
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -45,11 +44,8 @@ def trace(
     except ShapleyCamError:
         raise
     except Exception as error:
-        if least and (rule := _rule(error)):
-            raise ExportError(
-                f"dynamic_size=True is not to be had: the graph of the model is for such sizes only: {rule}. Code that decides "
-                "by the size (windows padded to a multiple, pools with ceil_mode) fixes it: export without dynamic_size=True."
-            ) from error
+        if least and (rule := rule_of(error)):
+            raise one_size(rule) from error
         raise ExportError(
             f"The model cannot be traced{place(error)}: {said(error)}. Control flow that depends on values, or code that fixes "
             "the number of images, cannot be exported: write it with torch.where, or export another layer or model."
@@ -66,18 +62,6 @@ def place(error: BaseException) -> str:
         return ""
     last = frames[max(i for i, frame in enumerate(frames) if frame is inner[-1]) :][-1]
     return f" at {last.filename}:{last.lineno}, in {last.name} ({last.line})"
-
-
-def _rule(error: BaseException) -> str:
-    """What torch.export has found to hold for some sizes only, in its words; empty where the error is another."""
-    if "Constraints violated" not in str(error):
-        return ""
-    lines = str(error)
-    found = re.search(r"generated guard (.+?)\.?$", lines, re.MULTILINE) or re.search(r"- (.+?)\.?$", lines, re.MULTILINE)
-    rule = "" if found is None else found[1]
-    for dimension, size in ((2, SIZE[0]), (3, SIZE[1])):
-        rule = re.sub(rf"L\[[^()]*?\]\.size\(\)\[{dimension}\]", size, rule)
-    return rule or said(error)
 
 
 def said(error: BaseException) -> str:

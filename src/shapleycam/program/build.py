@@ -13,9 +13,9 @@ from ..errors import ExportError, ShapleyCamError
 from ..model.layouts import Layout
 from ..plan import Plan, Settings
 from .base import Explained, Program, Recipe, map_size
-from .graph import ModelGraph, operator_of, plainly, said, trace
+from .graph import ModelGraph, one_size, operator_of, plainly, said, trace
 from .pooled import PooledProgram
-from .sizes import check_sizes, tried
+from .sizes import check_sizes, other_sizes, resized, tried
 from .traced import TracedProgram
 
 #: The relative error up to which a program counts as the explainer that it was made from.
@@ -45,11 +45,21 @@ def build(
         others: list[tuple[Tensor, Any]] = []
         if dynamic_size:
             check_sizes(settings, plan, expected, images, size)
-            least, others = tried(explain, plan, expected, images)
+            least, others = tried(explain, settings, expected, images)
         program = assemble(settings, plan, expected, images, targets, size, all_classes, least=least)
-        _compare(program, explain, images, expected)
-        for other, meant in others:
-            _compare(program, explain, other, meant)
+        doubtful = program.doubtful if isinstance(program, TracedProgram) else {}
+        rules = [f"{rule}, which is not so for {height} x {width}" for (height, width), rule in doubtful.items()]
+        try:
+            _compare(program, explain, images, expected)
+            for other, meant in others:
+                _compare(program, explain, other, meant)
+            for size_of_doubt in doubtful:
+                other = resized(images[:1], size_of_doubt)
+                _compare(program, explain, other, explain(other, None))
+        except ExportError as error:
+            if rules:
+                raise one_size("; ".join(rules)) from error
+            raise
     return program
 
 
@@ -83,7 +93,8 @@ def assemble(
             recipe = replace(recipe, path=replace(recipe.path, baseline=recipe.path.baseline.to(dtype)))
 
     def graph() -> ModelGraph:
-        return trace(model, recipe.layer, images, settings.images_as, fold=fold)
+        example = resized(images, other_sizes(tuple(images.shape[2:]), least)[1]) if least else images
+        return trace(model, recipe.layer, example, settings.images_as, fold=fold, least=least)
 
     if pooled is not None and recipe.engine in ("closed_form", "quadrature") and settings.utility.named:
         linear = next(name for name, module in settings.model.named_modules() if module is pooled.linear)

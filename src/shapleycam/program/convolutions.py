@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+#: A size, which is symbolic where images of any size are traced.
+Size = int | torch.SymInt
 
 
 def constant_pad(x: Tensor, pad: Sequence[int], value: float = 0.0) -> Tensor:
@@ -42,7 +44,7 @@ class _Kernel:
     padding: list[int]
     dilation: list[int]
     groups: int
-    size: list[int]
+    size: list[Size]
     adjoint: bool = False
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,10 +58,18 @@ class _Kernel:
             flipped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + rank)))
             return aten.convolution(x, flipped, bias, self.stride, around, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
         left = [
-            size - ((int(n) - 1) * s - 2 * p + r + 1)
+            known(size - ((n - 1) * s - 2 * p + r + 1))
             for size, n, s, p, r in zip(self.size, x.shape[2:], self.stride, self.padding, reach, strict=True)
         ]
-        return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, True, left, self.groups)  # type: ignore[no-any-return]
+        if all(isinstance(width, int) for width in left):
+            return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, True, left, self.groups)  # type: ignore[no-any-return]
+        # How far the last windows reach depends on the size, and is an attribute in ONNX: all of it, of which a part is kept.
+        most = [s - 1 for s in self.stride]
+        full: Tensor = aten.convolution(x, weight, bias, self.stride, [0] * rank, self.dilation, True, most, self.groups)
+        for dim, (first, size) in enumerate(zip(self.padding, self.size, strict=True), 2):
+            # As a gather: that a slice ends inside, the tracer would have to prove of every size, and cannot.
+            full = full.index_select(dim, torch.arange(first, first + size, device=full.device))
+        return full
 
 
 class _Linear(torch.autograd.Function):
@@ -74,6 +84,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         kernel: _Kernel = ctx.kernel
         return _Linear.apply(gradient, None, replace(kernel, adjoint=not kernel.adjoint)), None, None
+
+
+def known(size: Any) -> Any:
+    """A size as a number where it is one for images of every size; otherwise as it is."""
+    number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if number is None else number
 
 
 def _each(value: int | Sequence[int], rank: int) -> list[int]:
@@ -99,7 +115,7 @@ def conv(
         padding = [t // 2 for t in total]
         if any(t % 2 for t in total):
             x = constant_pad(x, [n for t in reversed(total) for n in (0, t % 2)])
-    size = [int(n) for n in x.shape[2:]]
+    size = [known(n) for n in x.shape[2:]]
     return _Linear.apply(x, bias, _Kernel(weight, _each(stride, rank), _each(padding, rank), dilation, groups, size))
 
 
@@ -118,7 +134,7 @@ def conv_transpose(
         return NotImplemented
     stride, padding, dilation = _each(stride, rank), _each(padding, rank), _each(dilation, rank)
     size = [
-        (int(n) - 1) * s - 2 * p + d * (int(k) - 1) + 1 + o
+        (known(n) - 1) * s - 2 * p + d * (int(k) - 1) + 1 + o
         for n, s, p, d, k, o in zip(
             x.shape[2:], stride, padding, dilation, weight.shape[2:], _each(output_padding, rank), strict=True
         )

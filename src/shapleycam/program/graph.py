@@ -32,6 +32,8 @@ from .folding import fold_batch_norms
 #: Torch's tracers are one for the whole process; two threads cannot trace at once.
 TRACING = threading.Lock()
 _EXAMPLE = 13
+#: What the free dimensions of images are called.
+SIZE = ("height", "width")
 
 Copied = TypeVar("Copied")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -106,11 +108,20 @@ class _Tapped(nn.Module):
         return [found[0], *leaves]
 
 
-def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = None, *, fold: bool = False) -> ModelGraph:
+def trace(
+    model: nn.Module,
+    layer: str,
+    images: Tensor,
+    images_as: str | None = None,
+    *,
+    fold: bool = False,
+    least: tuple[int, ...] = (),
+) -> ModelGraph:
     """The graph of a model in evaluation mode, for any number of images; the model is left as it is.
 
     With ``fold`` a batch normalisation goes into the convolution that alone feeds it: exact, and weights that are changed later
-    are not followed.
+    are not followed. With ``least`` images of any height and width from there on; those given are best oblong, or what holds
+    for squares is taken for granted.
 
     Raises:
         ExportError: the model has no such graph: control flow that depends on the images' values, say, or a number of images
@@ -120,14 +131,16 @@ def trace(model: nn.Module, layer: str, images: Tensor, images_as: str | None = 
     tapped = _Tapped(shadow(model, type(model).__name__), layer, images_as, specs.append)
     # A number that no other size is likely to have: where the batch equals one, torch may take them for the same.
     example = images[:1].detach().expand(_EXAMPLE, *images.shape[1:]).contiguous()
+    free = {0: torch.export.Dim("batch", min=1)}
+    free |= {dim: torch.export.Dim(SIZE[dim - 2], min=low) for dim, low in enumerate(least, 2)}
     try:
         with TRACING, torch.no_grad():
-            program = torch.export.export(
-                tapped, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
-            ).run_decompositions({})
+            program = torch.export.export(tapped, (example,), dynamic_shapes=(free,), strict=False).run_decompositions({})
     except (ExportError, LayerError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch.export raises whatever the model does on tensors without values
+        if least and (rule := rule_of(error)):
+            raise one_size(rule) from error
         raise ExportError(
             f"{type(model).__name__} cannot be traced to a graph{place_of(error)}: {said(error)} A program needs a forward "
             "pass without decisions on the values of tensors, for any number of images (x.shape[0], not len(x))."
@@ -199,6 +212,26 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(".") + "."
 
 
+def rule_of(error: BaseException) -> str:
+    """What torch.export has found to hold for some sizes only, in its words; empty where the error is another."""
+    if "Constraints violated" not in str(error):
+        return ""
+    lines = str(error)
+    found = re.search(r"generated guard (.+?)\.?$", lines, re.MULTILINE) or re.search(r"- (.+?)\.?$", lines, re.MULTILINE)
+    rule = "" if found is None else found[1]
+    for dimension, size in enumerate(SIZE, 2):
+        rule = re.sub(rf"L\[[^()]*?\]\.size\(\)\[{dimension}\]", size, rule)
+    return rule or said(error)
+
+
+def one_size(rule: str) -> ExportError:
+    """The error of a graph that holds for some sizes of the images only; ``rule`` says which, or what makes it so."""
+    return ExportError(
+        f"dynamic_size=True is not to be had: the graph of the model is for such sizes only: {rule}. Code that decides by the "
+        "size (windows padded to a multiple, pools with ceil_mode) fixes it: leave out dynamic_size=True."
+    )
+
+
 def operator_of(error: BaseException) -> str:
     """Which operator of a graph an error came from, in words: " (in torch.ops.aten.view.default)"; or nothing."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -265,6 +298,12 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> M
     if not any(str(n.meta["val"].shape[0]) == str(batch) for n in (tapped, *sides) if n.meta["val"].ndim):
         sides.append(images)  # whose number the head may want to know
     copies.append(tapped)
+    if images not in sides and images in _wanted([tapped, *sides], [n for n in outputs if isinstance(n, fx.Node)]):
+        # The head wants to know their size: one image has it, and is not repeated with the rows.
+        with graph.inserting_after(images):
+            one = graph.call_function(torch.ops.aten.select.int, (images, 0, 0))
+        one.meta["val"] = images.meta["val"].select(0, 0)
+        sides.append(one)
     graph_of = partial(_part, graph, names, copies, program.graph_module)
     whole, trunk = graph_of([images], given), graph_of([images], [tapped, *sides])
     head = graph_of([tapped, *sides], outputs)
@@ -277,6 +316,33 @@ def _of_sizes(node: fx.Node) -> bool:
     return node.target == torch.ops.aten.sym_size.int or all(map(_of_sizes, node.all_input_nodes))
 
 
+def _sized(inputs: Sequence[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
+    """The free sizes of the inputs, as torch writes them, and where they are read."""
+    return {
+        str(size): (node, dim)
+        for node in reversed(inputs)
+        for dim, size in reversed(list(enumerate(node.meta["val"].shape)))
+        if isinstance(size, torch.SymInt)
+    }
+
+
+def _size_of(node: fx.Node, sized: Mapping[str, tuple[fx.Node, int]]) -> tuple[fx.Node, int] | None:
+    """Which input's which dimension the node is, if it is one."""
+    value = node.meta.get("val")
+    return sized.get(str(value)) if isinstance(value, torch.SymInt) else None
+
+
+def _wanted(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> set[fx.Node]:
+    """What the results are made of, from the inputs and their sizes on."""
+    sized, wanted, waiting = _sized(inputs), set[fx.Node](), list(results)
+    while waiting:
+        node = waiting.pop()
+        if node not in wanted:
+            wanted.add(node)
+            waiting.extend(() if node in inputs or _size_of(node, sized) is not None else node.all_input_nodes)
+    return wanted
+
+
 def _part(
     graph: fx.Graph,
     names: dict[fx.Node, str],
@@ -286,20 +352,8 @@ def _part(
     results: Sequence[Any],
 ) -> Part:
     """The nodes between inputs and results as a function; ``copies`` are left out, as nothing in the graph writes."""
-    sized = {str(n.meta["val"].shape[0]): n for n in reversed(inputs) if n.meta["val"].ndim}
-
-    def counts(node: fx.Node) -> bool:
-        """Whether the node is a size that one of the inputs has as its first dimension."""
-        value = node.meta.get("val")
-        return isinstance(value, torch.SymInt) and str(value) in sized
-
-    wanted: set[fx.Node] = set()
-    waiting = [result for result in results if isinstance(result, fx.Node)]
-    while waiting:
-        node = waiting.pop()
-        if node not in wanted:
-            wanted.add(node)
-            waiting.extend(() if node in inputs or counts(node) else node.all_input_nodes)
+    sized = _sized(inputs)
+    wanted = _wanted(inputs, [result for result in results if isinstance(result, fx.Node)])
     made = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     weights = [node for node in graph.nodes if node in wanted and node in names]
@@ -310,8 +364,8 @@ def _part(
             continue
         if node in copies:
             copied[node] = copied[node.all_input_nodes[0]]
-        elif counts(node):
-            copied[node] = made.call_function(torch.ops.aten.sym_size.int, (copied[sized[str(node.meta["val"])]], 0))
+        elif (known := _size_of(node, sized)) is not None:
+            copied[node] = made.call_function(torch.ops.aten.sym_size.int, (copied[known[0]], known[1]))
         else:
             copied[node] = made.node_copy(node, copied.__getitem__)
     made.output(tuple(copied[result] if isinstance(result, fx.Node) else result for result in results))

@@ -7,18 +7,23 @@ is asked at other sizes first, which also says in the model's own words why it t
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from sympy import Symbol
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import ExportError, ShapleyCamWarning
+from ..model.inputs import Inputs
 from ..plan import Plan, Settings
-from .graph import TRACING, said
+from .graph import SIZE, TRACING, said, shadow
 
 
 def resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -49,13 +54,6 @@ def check_sizes(settings: Settings, plan: Plan, expected: Any, images: Tensor, s
             f"layer {name!r} gives {layout.kind} for images of {images.ndim - 2} dimensions, and only a layer that keeps "
             "height and width ([N, C, H, W] or [N, H, W, C]) says where the positions of other images are"
         )
-    elif (
-        plan.facts.pooled is None or plan.engine not in ("closed_form", "quadrature", "midpoint") or not settings.utility.named
-    ):
-        why = (
-            f"the derivatives of the head behind layer {name!r} ({plan.facts.head}) with engine {plan.engine!r} are a graph "
-            "for one size; behind a global average pool and one linear layer they are not, with a utility of the table"
-        )
     elif isinstance(baseline, Tensor) and baseline.shape[-1] != 1:
         why = f"the baseline {tuple(baseline.shape)} has a value for every position: give one that broadcasts, such as [C, 1]"
     elif not isinstance(size, str):
@@ -69,13 +67,13 @@ def check_sizes(settings: Settings, plan: Plan, expected: Any, images: Tensor, s
 
 
 def tried(
-    explain: Callable[..., Any], plan: Plan, expected: Any, images: Tensor
+    explain: Callable[..., Any], settings: Settings, expected: Any, images: Tensor
 ) -> tuple[tuple[int, ...], list[tuple[Tensor, Any]]]:
     """Ask the explainer at other sizes.
 
     Returns:
-        the least height and width, where the layer has two positions in each dimension, and images at other sizes with their
-        explanations.
+        the least height and width, where every layer that has several positions in a dimension keeps two of them, and images
+        at other sizes with their explanations.
 
     Raises:
         ExportError: the model does not take other sizes, or is another there: its layout, or its head.
@@ -85,9 +83,10 @@ def tried(
     with TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore", ShapleyCamWarning)  # the user was warned by their own explainer
         explain(images)
+        large = _Large(settings, images)
         for least in _candidates(size, layout.grid):
             found = _ask(explain, resized(images, least))
-            if not isinstance(found, Exception) and min(found.diagnostics.layouts[0].grid, default=0) > 1:
+            if not isinstance(found, Exception) and min(found.diagnostics.layouts[0].grid, default=0) > 1 and large(least):
                 break
         results = []
         for other in other_sizes(size, least):
@@ -109,6 +108,85 @@ def tried(
                 )
             results.append((probe, found))
     return least, results
+
+
+class _Large:
+    """Whether at some size every module of the model has more than one of what it has several of at the images' own.
+
+    A graph takes a dimension of one element for another than one of several.
+    """
+
+    def __init__(self, settings: Settings, images: Tensor) -> None:
+        self._model = shadow(settings.model, type(settings.model).__name__)
+        self._images, self._images_as = images[:1], settings.images_as
+        self._usual = self._shapes(self._images)
+
+    def __call__(self, size: tuple[int, ...]) -> bool:
+        shapes = self._shapes(resized(self._images, size))
+        return len(shapes) == len(self._usual) and all(
+            len(now) == len(usual) and all(n > 1 or u <= 1 for n, u in zip(now, usual, strict=True))
+            for now, usual in zip(shapes, self._usual, strict=True)
+        )
+
+    def _shapes(self, images: Tensor) -> list[tuple[int, ...]]:
+        """Of the outputs, less the number of images, in the order of the calls."""
+        found: list[tuple[int, ...]] = []
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                found.append(tuple(output.shape[1:]))
+
+        handles = [module.register_forward_hook(note) for module in self._model.modules()]
+        try:
+            with torch.no_grad():
+                Inputs(images, images_as=self._images_as).run(self._model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def counterexamples(
+    shapes: ShapeEnv, rules: Sequence[Any], batch: torch.SymInt, size: Sequence[torch.SymInt]
+) -> dict[tuple[int, int], str]:
+    """Heights and widths for which a rule of the tracer does not hold, one for each such rule, with the rule in words.
+
+    Every rule is tried on all heights and on all widths up to some thousands, and on some pairs of both, for the number of
+    images of the tracer's example.
+
+    Args:
+        shapes: of the tracer.
+        rules: boolean expressions in the symbols of its sizes.
+        batch: the number of images.
+        size: height and width.
+    """
+    symbols = [side.node._expr for side in (batch, *size)]
+    names = dict(zip(symbols, ("images", *SIZE), strict=True))
+    count, *least = batch.node.hint, *(int(shapes.bound_sympy(symbol).lower) for symbol in symbols[1:])
+    found: dict[tuple[int, int], str] = {}
+    for rule in dict.fromkeys(rules):
+        written = PythonPrinter().doprint(rule.xreplace({each: Symbol(name, integer=True) for each, name in names.items()}))
+        rule_of = eval(f"lambda {', '.join(names.values())}: {written}", {"math": math})
+
+        def holds(size: tuple[int, int], rule_of: Callable[..., Any] = rule_of) -> bool:
+            try:
+                return bool(rule_of(count, *size))
+            except (ArithmeticError, NameError, TypeError, ValueError):  # of a size that nothing is known of
+                return False
+
+        if all(map(holds, found)):
+            broken = next((each for each in _sizes_to_try(least) if not holds(each)), None)
+            if broken is not None:
+                found[broken] = written
+    return found
+
+
+def _sizes_to_try(least: Sequence[int]) -> Iterator[tuple[int, int]]:
+    low, narrow = least
+    for more in range(2048):
+        yield low + more, narrow + more * 7 % 1021
+        yield low + more * 5 % 1021, narrow + more
+        yield max(least) + more, max(least) + more
 
 
 def _candidates(size: tuple[int, ...], grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -17,15 +17,25 @@ from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..model.double_backward import hardsigmoid, math_attention
-from .convolutions import constant_pad, conv, conv_transpose
+from .convolutions import constant_pad, conv, conv_transpose, known
 
 aten = torch.ops.aten
 
 
 class Smooth(fx.Interpreter):
-    """Runs a graph with the substitutes in the place of their operators."""
+    """Runs a graph with the substitutes in the place of their operators.
+
+    Args:
+        module: the graph.
+        running: is told every operator of it that is about to run.
+    """
+
+    def __init__(self, module: fx.GraphModule, running: Callable[[Any], None]) -> None:
+        super().__init__(module)
+        self._running = running
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        self._running(target)
         substitute = SUBSTITUTES.get(target)
         result = NotImplemented if substitute is None else substitute(*args, **kwargs)
         return super().call_function(target, args, kwargs) if result is NotImplemented else result
@@ -120,9 +130,10 @@ def _variance(x: Tensor, dims: Sequence[int] | None, correction: float, keepdim:
     dims = [dim % x.ndim for dim in (dims or range(x.ndim))]
     if 0 in dims:  # over the images
         return NotImplemented
-    count = prod(int(x.shape[dim]) for dim in dims)
+    count = known(prod(x.shape[dim] for dim in dims))
+    left = max(count - correction, 0.0) if isinstance(count, int) else count - correction
     centred = x - x.mean(dims, keepdim=True)
-    return (centred * centred).sum(dims, keepdim=keepdim) / max(count - correction, 0.0)
+    return (centred * centred).sum(dims, keepdim=keepdim) / left
 
 
 def _var(
@@ -204,7 +215,9 @@ def _adaptive_avg_pool(x: Tensor, out: Sequence[int]) -> Tensor:
 
 
 def _adaptive_mean(x: Tensor, dim: int, out: int) -> Tensor:
-    size = int(x.shape[dim])
+    size = known(x.shape[dim])
+    if not isinstance(size, int):
+        return torch.matmul(x.movedim(dim, -1), _windows(size, out, x)).movedim(-1, dim)
     if out == size:
         return x
     if size % out == 0:
@@ -212,6 +225,14 @@ def _adaptive_mean(x: Tensor, dim: int, out: int) -> Tensor:
         return parts.mean(dim)
     ends = [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
     return torch.cat([x.narrow(dim, start, end - start).mean(dim, keepdim=True) for start, end in ends], dim)
+
+
+def _windows(size: Any, out: int, like: Tensor) -> Tensor:
+    """The means over the windows of an adaptive pool as a matrix [size, out], for a size that is free."""
+    first, position = torch.arange(out, device=like.device), torch.arange(size, device=like.device)[:, None]
+    start, end = first * size // out, ((first + 1) * size + (out - 1)) // out
+    inside = (position >= start) & (position < end)
+    return inside.to(like.dtype) / (end - start).to(like.dtype)
 
 
 def _avg_pool2d(

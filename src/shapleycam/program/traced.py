@@ -25,6 +25,7 @@ from ..utilities.named import evaluate
 from .base import Explained, Program, Recipe
 from .folding import bind
 from .graph import TRACING, ModelGraph, any_strides, place_of, plainly, said, tensors_of
+from .sizes import counterexamples
 from .substitutes import Smooth
 
 
@@ -38,11 +39,16 @@ class TracedProgram(Program):
         recipe: as there.
         graph: of the model.
         frozen: hold the weights as they are now, and not the model.
+
+    Attributes:
+        doubtful: sizes of images for which something does not hold that held while the derivatives were traced, with what that
+            is. Most of it is about memory layouts and the choice of kernels, which change no value: whether this is such,
+            the comparison at these sizes tells.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, graph: ModelGraph, frozen: bool = False) -> None:
         super().__init__(None if frozen else model, recipe)
-        trunk, derivatives = graph.trunk.module, _derivatives(recipe, graph)
+        trunk, (derivatives, self.doubtful) = graph.trunk.module, _derivatives(recipe, graph)
         self._given = recipe.targets != "predicted"
         self._by_row = _by_row(graph)
         results: Any = derivatives.graph.output_node().args[0]
@@ -98,7 +104,7 @@ class TracedProgram(Program):
         raw = torch.where(known[:, None], raw, float("nan"))
         shape = (-1, count)
         maps = raw.view(*shape, raw.shape[1]).transpose(0, 1)
-        return logits[:count], chosen.view(shape).T, maps, self.layout.grid
+        return logits[:count], chosen.view(shape).T, maps, self.layout.grid_of(inputs[0]) if self.least else self.layout.grid
 
 
 def _by_row(graph: ModelGraph) -> tuple[bool, ...]:
@@ -118,45 +124,73 @@ def _start(a: Tensor, recipe: Recipe) -> Tensor:
     if layout.kind == "NTC":
         last = a.shape[1] - layout.suffix
         return torch.cat((a[:, : layout.prefix], flat.transpose(1, 2), a[:, last:]), 1)
-    base: Tensor = flat.unflatten(2, layout.grid)
+    base: Tensor = flat.reshape(*flat.shape[:2], *layout.grid_of(a))
     return base if layout.channels_dim == 1 else base.movedim(1, -1)
 
 
-class _FreeBatch(TorchDispatchMode):
-    """Sees which operator fixes the number of images; whoever called it is told by :meth:`check`, when C++ is left.
+class _Free(TorchDispatchMode):
+    """Sees which operator fixes a size that is to be free; whoever called it is told by :meth:`check`, when C++ is left.
 
     Args:
         mode: of the fake tensors.
         batch: their number of images.
+        size: height and width of the images, where these are free.
     """
 
-    def __init__(self, mode: FakeTensorMode, batch: torch.SymInt) -> None:
+    def __init__(self, mode: FakeTensorMode, batch: torch.SymInt, size: Sequence[torch.SymInt]) -> None:
         super().__init__()
-        self._mode, self._batch = mode, batch
+        assert mode.shape_env is not None
+        self._shapes, self._batch, self._size = mode.shape_env, batch, size
+        self._known_guards = len(self._shapes.guards)
+        self._running: Any = None
         self._fixed_by: Any = None
+        self._fixes_batch = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._fixed_by is None and func.namespace != "prim" and self._fixed():  # by prim composite operators look around
-            self._fixed_by = func
+        if func.namespace != "prim":  # by which composite operators look around
+            self._see(self._running or func)
         return result
 
-    def _fixed(self) -> bool:
-        shapes = self._mode.shape_env
-        return shapes is not None and bool(shapes.replace(self._batch.node._expr).is_number)
+    def running(self, operator: Any) -> None:
+        """``operator`` of the model is about to run, or, where it is None, those of the derivatives are."""
+        if self._running is not None:
+            self._see(self._running)
+        self._running = operator
+
+    def _see(self, operator: Any) -> None:
+        if self._fixed_by is None and any(map(self._fixed, (self._batch, *self._size))):
+            self._fixed_by, self._fixes_batch = operator, self._fixed(self._batch)
+
+    def _fixed(self, size: torch.SymInt) -> bool:
+        return bool(self._shapes.replace(size.node._expr).is_number)
 
     def check(self, layer: str, error: Exception | None = None) -> None:
-        """Raise ExportError where the number of images is fixed by now; ``error`` is what came of it."""
-        if self._fixed_by is not None:
+        """Raise ExportError where a size is fixed by now; ``error`` is what came of it."""
+        if self._fixed_by is None:
+            return
+        if self._fixes_batch:
             raise ExportError(
                 f"The derivatives of the head behind {layer!r} are for one number of images, as {self._fixed_by} fixes it. A "
                 "program takes any number: explain a layer behind that operator, or write it with others in the model. The "
                 "explainer itself works."
             ) from error
+        raise ExportError(
+            f"dynamic_size=True is not to be had: the derivatives of the head behind {layer!r} are for one size of the images, "
+            f"as {self._fixed_by} fixes it. Explain a layer behind that operator, or leave out dynamic_size=True."
+        ) from error
+
+    def doubtful(self) -> dict[tuple[int, int], str]:
+        """Sizes for which something does not hold by which an operator decided, with what that is: :func:`counterexamples`."""
+        rules = [guard.expr for guard in self._shapes.guards[self._known_guards :]]
+        return counterexamples(self._shapes, rules, self._batch, self._size) if self._size else {}
 
 
-def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
-    """(weights, A, sides, classes where they are given) -> (logits, classes, g or the path's integral, HA at order 2)."""
+def _derivatives(recipe: Recipe, graph: ModelGraph) -> tuple[fx.GraphModule, dict[tuple[int, int], str]]:
+    """(weights, A, sides, classes where they are given) -> (logits, classes, g or the path's integral, HA at order 2).
+
+    Beside it, the sizes of images for which it is doubtful, with the reason.
+    """
     head, utility = graph.head, recipe.utility
     count = len(head.weights)
     rule, second = recipe.rule, recipe.method.order == 2
@@ -166,10 +200,12 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
     mode = detect_fake_mode(fakes)
     batch = next(fake.shape[0] for fake, many in zip(head.inputs, by_row, strict=True) if many)
     assert mode is not None and isinstance(batch, torch.SymInt)
-    free = _FreeBatch(mode, batch)
+    size = graph.trunk.inputs[0].shape[2:] if recipe.least else ()
+    free = _Free(mode, batch, [side for side in size if isinstance(side, torch.SymInt)])
 
     def run(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Any, Tensor]:
-        leaves = Smooth(head.module).run(*weights, *inputs)
+        leaves = Smooth(head.module, free.running).run(*weights, *inputs)
+        free.running(None)
         outputs = tree_unflatten(list(leaves), graph.spec)
         logits = utility.logits_of(outputs)
         if logits is None or logits.ndim != 2:
@@ -227,4 +263,4 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> fx.GraphModule:
             ) from error
     any_strides(made.graph).eliminate_dead_code()
     made.recompile()
-    return made
+    return made, free.doubtful()
