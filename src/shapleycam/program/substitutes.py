@@ -232,7 +232,8 @@ def _windows(size: Any, out: int, like: Tensor) -> Tensor:
     first, position = torch.arange(out, device=like.device), torch.arange(size, device=like.device)[:, None]
     start, end = first * size // out, ((first + 1) * size + (out - 1)) // out
     inside = (position >= start) & (position < end)
-    return inside.to(like.dtype) / (end - start).to(like.dtype)
+    shares: Tensor = inside.to(like.dtype) / (end - start).to(like.dtype)
+    return shares
 
 
 def _avg_pool2d(
