@@ -102,21 +102,16 @@ def test_channels_last_and_quadrature(tmp_path, engine):
 
 
 def curved():
-    """Strides, pools with and without overlap, and an adaptive one; behind them two linear layers."""
+    """A stride, a pool whose last window may be cut, and an adaptive one."""
     torch.manual_seed(3)
     head = nn.Sequential(
         nn.Conv2d(6, 8, 3, 2, 1),
         nn.BatchNorm2d(8),
         nn.SiLU(),
-        nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(8, 8, 1),
-        nn.GELU(),
-        nn.AvgPool2d(2, 1),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
         nn.AdaptiveAvgPool2d((3, 2)),
         nn.Flatten(),
-        nn.Linear(48, 9),
-        nn.Tanh(),
-        nn.Linear(9, CLASSES),
+        nn.Linear(48, CLASSES),
     )
     with torch.no_grad():
         head[-1].weight.mul_(5)
@@ -124,7 +119,7 @@ def curved():
     return Split(nn.Conv2d(3, 6, 3, 2, 1), head).eval()
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=pytest.mark.long)])
 def test_a_head_with_derivatives_of_its_own(tmp_path, suffix):
     model = curved()
     runtimes = ["onnxruntime", "openvino"] if suffix == ".onnx" and find_spec("openvino") else []
@@ -279,6 +274,29 @@ def test_a_model_that_looks_at_the_size(example, tmp_path, name):
     with pytest.raises(ExportError, match=r"for such sizes only: .*height.*\b100\b"):
         export(Explainer(Branching().eval(), "features"), example, tmp_path / name, dynamic_size=True)
     assert list(tmp_path.iterdir()) == []
+
+
+class Hiding(nn.Module):
+    """Another road for large images, in the way of which the graph has only a rule that the tracer cannot solve."""
+
+    def __init__(self, hides: bool) -> None:
+        super().__init__()
+        self.features, self.classifier, self.hides = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, CLASSES), hides
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.features(images)
+        large = images.shape[2] * images.shape[2] + images.shape[3] > 5000
+        if large and self.hides and not torch.compiler.is_exporting():
+            features = features * features
+        return self.classifier(features.mean((2, 3)))
+
+
+def test_a_rule_that_the_tracer_left_is_tried_where_it_does_not_hold(example, tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(ExportError, match=r"for such sizes only: .*5000, which is not so for \d+ x \d+\."):
+        export(Explainer(Hiding(True).eval(), "features"), example, tmp_path / "a.pt2", dynamic_size=True)
+    made = export(Explainer(Hiding(False).eval(), "features"), example, tmp_path / "a.pt2", dynamic_size=True)
+    assert any(height**2 + width > 5000 for height, width in made.metadata.checks["torch"]["sizes"])
 
 
 @pytest.mark.parametrize("name", ["a.onnx", "a.pt2"])

@@ -14,8 +14,8 @@ from ..data.images import Preprocess
 from ..errors import ExportError, InputError
 from ..explainer import Explainer
 from ..optional import need
-from ..program.graph import SIZE, TRACING, plainly
-from ..program.sizes import other_sizes, resized
+from ..program.graph import SIZE, TRACING, one_size, plainly
+from ..program.sizes import in_words, other_sizes, resized
 from .artefact import Artefact, load
 from .check import BATCHES, TOLERANCE, Reference, as_pixels, check, examples, judge
 from .files import written
@@ -149,16 +149,22 @@ def export(
             least_size=program.least,
         )
         traced = [torch.zeros_like(probe[0]), *probe[1:]]  # an exported program keeps its examples: not the user's images
-        exported = trace(
+        exported, doubtful = trace(
             interface, inputs, [each.to(images.device) for each in traced], dict(zip(SIZE, program.least, strict=False))
         )
         with TRACING:
             form.write(exported, temporary, metadata, opset)
+        batches += [_inputs(resized(images, size), 1, front, seed=1) for size in doubtful]
         checks, expected = {}, Reference(explainer, preprocess, resize)
-        for runtime in wanted:
-            found = check(form.open(temporary, metadata, runtime), metadata, expected, batches[1:], tolerance)
-            judge(found, runtime)
-            checks[runtime] = found.content()
+        try:
+            for runtime in wanted:
+                found = check(form.open(temporary, metadata, runtime), metadata, expected, batches[1:], tolerance)
+                judge(found, runtime)
+                checks[runtime] = found.content()
+        except ExportError as error:
+            if doubtful:
+                raise one_size(in_words(doubtful)) from error
+            raise
         form.seal(temporary, replace(metadata, checks=checks))
         artefact = load(temporary)
     artefact.path = path

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from ..errors import ExportError, ShapleyCamError
-from ..program.graph import TRACING, one_size, rule_of, shadow
+from ..program.graph import SIZE, TRACING, one_size, rule_of, shadow, taken_for_granted
+from ..program.sizes import counterexamples
 from .interface import Interface
 from .metadata import Port
 
@@ -21,11 +22,14 @@ _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1
 
 def trace(
     interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor], least: Mapping[str, int]
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, dict[tuple[int, int], str]]:
     """The exported program, whose free dimensions are those that the ports name, from the ``least`` of each on (else 1).
 
     What is traced is a copy of the modules over the same weights, as the tracer swaps these for fakes, and one thread traces at
     a time.
+
+    Beside it, the sizes of images for which it is doubtful (of :func:`~shapleycam.program.sizes.counterexamples`), where these
+    are free.
 
     Raises:
         ExportError: the model does not trace; the message names the line of the model's code where that can be told.
@@ -40,7 +44,14 @@ def trace(
     try:
         with TRACING, torch.no_grad():
             # Not the caller's images: an exported program keeps its examples.
-            return torch.export.export(traced, tuple(examples), dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(
+                traced,
+                tuple(examples),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=bool(least),
+            )
+            return exported, _doubtful(exported, [inputs[0].shape.index(size) for size in SIZE]) if least else {}
     except ShapleyCamError:
         raise
     except Exception as error:
@@ -50,6 +61,23 @@ def trace(
             f"The model cannot be traced{place(error)}: {said(error)}. Control flow that depends on values, or code that fixes "
             "the number of images, cannot be exported: write it with torch.where, or export another layer or model."
         ) from error
+
+
+def _doubtful(exported: ExportedProgram, sides: Sequence[int]) -> dict[tuple[int, int], str]:
+    """The sizes for which a rule does not hold that the graph asserts; it does so no longer, as runtimes have no such operator.
+
+    Args:
+        exported: with a batch of images first.
+        sides: the dimensions of these that are their height and width.
+    """
+    graph = exported.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+    first = exported.graph_signature.user_inputs[0]
+    images = next(node.meta["val"] for node in graph.find_nodes(op="placeholder") if node.name == first)
+    return counterexamples(taken_for_granted(images), images.shape[0], [images.shape[side] for side in sides])
 
 
 def place(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from ..plan import Plan, Settings
 from .base import Explained, Program, Recipe, map_size
 from .graph import ModelGraph, one_size, operator_of, plainly, said, trace
 from .pooled import PooledProgram
-from .sizes import check_sizes, other_sizes, resized, tried
+from .sizes import check_sizes, in_words, other_sizes, resized, tried
 from .traced import TracedProgram
 
 #: The relative error up to which a program counts as the explainer that it was made from.
@@ -48,7 +48,6 @@ def build(
             least, others = tried(explain, settings, expected, images)
         program = assemble(settings, plan, expected, images, targets, size, all_classes, least=least)
         doubtful = program.doubtful if isinstance(program, TracedProgram) else {}
-        rules = [f"{rule}, which is not so for {height} x {width}" for (height, width), rule in doubtful.items()]
         try:
             _compare(program, explain, images, expected)
             for other, meant in others:
@@ -57,8 +56,8 @@ def build(
                 other = resized(images[:1], size_of_doubt)
                 _compare(program, explain, other, explain(other, None))
         except ExportError as error:
-            if rules:
-                raise one_size("; ".join(rules)) from error
+            if doubtful:
+                raise one_size(in_words(doubtful)) from error
             raise
     return program
 

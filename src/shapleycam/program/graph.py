@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten
 
@@ -69,6 +70,8 @@ class ModelGraph:
         whole: images -> (A, *the same).
         constants: tensors that the model holds outside of its parameters and buffers.
         spec: how the outputs are put together from their flat parts.
+        rules: what the tracer took for granted of the sizes of the images, as they were in the example: sympy expressions, and
+            where each comes from, if that is known, in words.
     """
 
     trunk: Part
@@ -76,6 +79,7 @@ class ModelGraph:
     whole: Part
     constants: dict[str, Tensor]
     spec: TreeSpec
+    rules: dict[Any, str]
 
 
 class _Tapped(nn.Module):
@@ -135,7 +139,13 @@ def trace(
     free |= {dim: torch.export.Dim(SIZE[dim - 2], min=low) for dim, low in enumerate(least, 2)}
     try:
         with TRACING, torch.no_grad():
-            program = torch.export.export(tapped, (example,), dynamic_shapes=(free,), strict=False).run_decompositions({})
+            program = torch.export.export(
+                tapped,
+                (example,),
+                dynamic_shapes=(free,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=bool(least),
+            ).run_decompositions({})
     except (ExportError, LayerError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch.export raises whatever the model does on tensors without values
@@ -214,9 +224,11 @@ def said(error: BaseException) -> str:
 
 def rule_of(error: BaseException) -> str:
     """What torch.export has found to hold for some sizes only, in its words; empty where the error is another."""
-    if "Constraints violated" not in str(error):
-        return ""
     lines = str(error)
+    if single := re.search(r"Specializations unexpectedly required \((.+?)\)", lines):
+        return f"one {single[1]}, as in the example"
+    if "Constraints violated" not in lines:
+        return ""
     found = re.search(r"generated guard (.+?)\.?$", lines, re.MULTILINE) or re.search(r"- (.+?)\.?$", lines, re.MULTILINE)
     rule = "" if found is None else found[1]
     for dimension, size in enumerate(SIZE, 2):
@@ -228,7 +240,7 @@ def one_size(rule: str) -> ExportError:
     """The error of a graph that holds for some sizes of the images only; ``rule`` says which, or what makes it so."""
     return ExportError(
         f"dynamic_size=True is not to be had: the graph of the model is for such sizes only: {rule}. Code that decides by the "
-        "size (windows padded to a multiple, pools with ceil_mode) fixes it: leave out dynamic_size=True."
+        "size (windows padded to a multiple, another road for large images) fixes it: leave out dynamic_size=True."
     )
 
 
@@ -307,7 +319,14 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> M
     graph_of = partial(_part, graph, names, copies, program.graph_module)
     whole, trunk = graph_of([images], given), graph_of([images], [tapped, *sides])
     head = graph_of([tapped, *sides], outputs)
-    return ModelGraph(trunk, head, whole, constants, spec)
+    return ModelGraph(trunk, head, whole, constants, spec, taken_for_granted(images.meta["val"]))
+
+
+def taken_for_granted(images: Tensor) -> dict[Any, str]:
+    """The rules that torch.export could not prove of all sizes of these fake images, and left to be asserted by the graph."""
+    mode = detect_fake_mode([images])
+    shapes = None if mode is None else mode.shape_env
+    return {} if shapes is None else {each.expr: "" for each in shapes.deferred_runtime_asserts.get(None, ())}
 
 
 def _of_sizes(node: fx.Node) -> bool:

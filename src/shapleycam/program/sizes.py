@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from sympy import Symbol
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import ExportError, ShapleyCamWarning
@@ -146,25 +145,23 @@ class _Large:
         return found
 
 
-def counterexamples(
-    shapes: ShapeEnv, rules: Sequence[Any], batch: torch.SymInt, size: Sequence[torch.SymInt]
-) -> dict[tuple[int, int], str]:
-    """Heights and widths for which a rule of the tracer does not hold, one for each such rule, with the rule in words.
+def counterexamples(rules: Mapping[Any, str], batch: torch.SymInt, size: Sequence[torch.SymInt]) -> dict[tuple[int, int], str]:
+    """Heights and widths for which a rule of a tracer does not hold, one for each such rule, with the rule in words.
 
     Every rule is tried on all heights and on all widths up to some thousands, and on some pairs of both, for the number of
     images of the tracer's example.
 
     Args:
-        shapes: of the tracer.
-        rules: boolean expressions in the symbols of its sizes.
+        rules: boolean expressions in the symbols of the sizes, and where each comes from, in words.
         batch: the number of images.
         size: height and width.
     """
-    symbols = [side.node._expr for side in (batch, *size)]
+    symbols, shapes = [side.node._expr for side in (batch, *size)], batch.node.shape_env
+    assert shapes is not None
     names = dict(zip(symbols, ("images", *SIZE), strict=True))
     count, *least = batch.node.hint, *(int(shapes.bound_sympy(symbol).lower) for symbol in symbols[1:])
     found: dict[tuple[int, int], str] = {}
-    for rule in dict.fromkeys(rules):
+    for rule, source in rules.items():
         written = PythonPrinter().doprint(rule.xreplace({each: Symbol(name, integer=True) for each, name in names.items()}))
         rule_of = eval(f"lambda {', '.join(names.values())}: {written}", {"math": math})
 
@@ -177,8 +174,13 @@ def counterexamples(
         if all(map(holds, found)):
             broken = next((each for each in _sizes_to_try(least) if not holds(each)), None)
             if broken is not None:
-                found[broken] = written
+                found[broken] = written + source
     return found
+
+
+def in_words(doubtful: Mapping[tuple[int, int], str]) -> str:
+    """What :func:`counterexamples` found."""
+    return "; ".join(f"{rule}, which is not so for {height} x {width}" for (height, width), rule in doubtful.items())
 
 
 def _sizes_to_try(least: Sequence[int]) -> Iterator[tuple[int, int]]:
