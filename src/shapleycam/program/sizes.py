@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sympy import Symbol
+from sympy import Function, Integer, Symbol
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._guards import detect_fake_mode
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import ExportError, ShapleyCamWarning
 from ..model.inputs import Inputs
 from ..plan import Plan, Settings
-from .graph import SIZE, TRACING, said, shadow
+from .graph import SIZE, TRACING, one_size, said, shadow
 
 
 def resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -110,6 +110,21 @@ def tried(
     return least, results
 
 
+def asked(explain: Callable[..., Any], images: Tensor, size: tuple[int, int], rule: str) -> tuple[Tensor, Any]:
+    """One image at a size for which it is doubtful that the graph is the model's, and its explanation.
+
+    Raises:
+        ExportError: the model does not take that size; ``rule`` is what does not hold there.
+    """
+    probe = resized(images[:1], size)
+    with TRACING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShapleyCamWarning)
+        found = _ask(copy.copy(explain), probe)
+    if isinstance(found, Exception):
+        raise one_size(f"{rule}, and fails on {size[0]} x {size[1]} ({said(found)[:-1]})") from found
+    return probe, found
+
+
 class _Large:
     """Whether at some size every module of the model has more than one of what it has several of at the images' own.
 
@@ -146,32 +161,36 @@ class _Large:
         return found
 
 
-def counterexamples(
-    shapes: ShapeEnv, rules: Sequence[Any], batch: torch.SymInt, size: Sequence[torch.SymInt]
-) -> dict[tuple[int, int], str]:
+def counterexamples(images: Tensor, least: Sequence[int], dims: tuple[int, int] = (2, 3)) -> dict[tuple[int, int], str]:
     """Heights and widths for which a rule of the tracer does not hold, one for each such rule, with the rule in words.
 
-    Every rule is tried on all heights and on all widths up to some thousands, and on some pairs of both, for the number of
-    images of the tracer's example.
+    torch.export itself sees to rules about one side alone. Every rule is tried on all heights and on all widths up to some
+    thousands, and on some pairs of both, for one image, as :func:`asked` gives it.
 
     Args:
-        shapes: of the tracer.
-        rules: boolean expressions in the symbols of its sizes.
-        batch: the number of images.
-        size: height and width.
+        images: the tracer's fake tensor, with its number of images and the sizes ``dims`` free.
+        least: height and width from which on they are. The tracer's own bounds are moved by the rules.
+        dims: height and width of ``images``.
     """
-    symbols = [side.node._expr for side in (batch, *size)]
-    names = dict(zip(symbols, ("images", *SIZE), strict=True))
-    count, *least = batch.node.hint, *(int(shapes.bound_sympy(symbol).lower) for symbol in symbols[1:])
+    mode = detect_fake_mode([images])
+    assert mode is not None and mode.shape_env is not None
+    sides: list[Any] = [images.shape[dim] for dim in (0, *dims)]
+    names = {
+        side.node._expr: Symbol(name, integer=True)
+        for side, name in zip(sides, ("images", *SIZE), strict=True)
+        if isinstance(side, torch.SymInt)
+    }
     found: dict[tuple[int, int], str] = {}
-    for rule in dict.fromkeys(rules):
-        written = PythonPrinter().doprint(rule.xreplace({each: Symbol(name, integer=True) for each, name in names.items()}))
-        rule_of = eval(f"lambda {', '.join(names.values())}: {written}", {"math": math})
+    for rule in dict.fromkeys(guard.expr for guard in mode.shape_env.guards):
+        others = dict.fromkeys(rule.free_symbols - names.keys(), Integer(1))  # how many classes are given, say
+        written = PythonPrinter().doprint(rule.xreplace({**names, **others}))
+        known = {"math": math, "torch": torch, **{type(each).__name__: type(each) for each in rule.atoms(Function)}}
+        rule_of = eval(f"lambda images, {', '.join(SIZE)}: {written}", known)
 
         def holds(size: tuple[int, int], rule_of: Callable[..., Any] = rule_of) -> bool:
             try:
-                return bool(rule_of(count, *size))
-            except (ArithmeticError, NameError, TypeError, ValueError):  # of a size that nothing is known of
+                return bool(rule_of(1, *size))
+            except (ArithmeticError, TypeError, ValueError):  # of a size that nothing is known of
                 return False
 
         if all(map(holds, found)):

@@ -141,7 +141,6 @@ class _Free(TorchDispatchMode):
         super().__init__()
         assert mode.shape_env is not None
         self._shapes, self._batch, self._size = mode.shape_env, batch, size
-        self._known_guards = len(self._shapes.guards)
         self._running: Any = None
         self._fixed_by: Any = None
         self._fixes_batch = False
@@ -179,11 +178,6 @@ class _Free(TorchDispatchMode):
             f"dynamic_size=True is not to be had: the derivatives of the head behind {layer!r} are for one size of the images, "
             f"as {self._fixed_by} fixes it. Explain a layer behind that operator, or leave out dynamic_size=True."
         ) from error
-
-    def doubtful(self) -> dict[tuple[int, int], str]:
-        """Sizes for which something does not hold by which an operator decided, with what that is: :func:`counterexamples`."""
-        rules = [guard.expr for guard in self._shapes.guards[self._known_guards :]]
-        return counterexamples(self._shapes, rules, self._batch, self._size) if self._size else {}
 
 
 def _derivatives(recipe: Recipe, graph: ModelGraph) -> tuple[fx.GraphModule, dict[tuple[int, int], str]]:
@@ -263,4 +257,4 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> tuple[fx.GraphModule, dic
             ) from error
     any_strides(made.graph).eliminate_dead_code()
     made.recompile()
-    return made, free.doubtful()
+    return made, counterexamples(graph.trunk.inputs[0], recipe.least) if recipe.least else {}
