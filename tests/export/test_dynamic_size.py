@@ -142,6 +142,35 @@ def test_a_head_with_derivatives_of_its_own(tmp_path, suffix):
             assert off(found.maps, expected.heatmaps()) < 1e-3
 
 
+class LargeIsOther(nn.Module):
+    """torch.export lets rules about height and width together pass in silence."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh() if x.shape[2] * x.shape[3] > 3000 else x.sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "The artefact"),
+        ({"preprocess": PREPROCESS, "pixels": True, "maps": "raw"}, "The artefact"),
+        ({"format": "pt2"}, "does not run"),
+    ],
+)
+def test_a_model_that_decides_by_height_and_width_together(tmp_path, options, said):
+    """The closed form is around the model itself, so that its program is right, and has no rules."""
+    torch.manual_seed(0)
+    parts = nn.Conv2d(3, 6, 3, 2, 1), LargeIsOther(), nn.Conv2d(6, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    explainer = Explainer(nn.Sequential(*parts, nn.Linear(8, CLASSES)).eval(), "2")
+    images = images_of(2, SIZE, SIZE)
+    assert isinstance(explainer.program(images, dynamic_size=True), PooledProgram)
+    with pytest.raises(ExportError, match=f"for such sizes only: .* <= 3000, which is not so for .*{said}"):
+        export(
+            explainer, images, tmp_path / "a.pt2" if "format" in options else tmp_path / "a.onnx", dynamic_size=True, **options
+        )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "layer", "size"),

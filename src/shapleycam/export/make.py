@@ -14,8 +14,8 @@ from ..data.images import Preprocess
 from ..errors import ExportError, InputError
 from ..explainer import Explainer
 from ..optional import need
-from ..program.graph import SIZE, TRACING, plainly
-from ..program.sizes import other_sizes, resized
+from ..program.graph import SIZE, TRACING, one_size, plainly, said
+from ..program.sizes import counterexamples, other_sizes, resized
 from .artefact import Artefact, load
 from .check import BATCHES, TOLERANCE, Reference, as_pixels, check, examples, judge
 from .files import written
@@ -152,13 +152,26 @@ def export(
         exported = trace(
             interface, inputs, [each.to(images.device) for each in traced], dict(zip(SIZE, program.least, strict=False))
         )
+        doubtful = {}
+        if dynamic_size:
+            image = next(node for node in exported.graph.nodes if node.name == exported.graph_signature.user_inputs[0])
+            doubtful = counterexamples(image.meta["val"], program.least, (2, 3) if front is None else (1, 2))
         with TRACING:
             form.write(exported, temporary, metadata, opset)
         checks, expected = {}, Reference(explainer, preprocess, resize)
         for runtime in wanted:
-            found = check(form.open(temporary, metadata, runtime), metadata, expected, batches[1:], tolerance)
+            run = form.open(temporary, metadata, runtime)
+            found = check(run, metadata, expected, batches[1:], tolerance)
             judge(found, runtime)
             checks[runtime] = found.content()
+            for (height, width), rule in doubtful.items():
+                other = _inputs(resized(images, (height, width)), 1, front, seed=1)
+                try:
+                    judge(check(run, metadata, expected, [other], tolerance), runtime)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever the model raises on images of that size
+                    raise one_size(f"{rule}, which is not so for {height} x {width} ({said(error)[:-1]})") from error
         form.seal(temporary, replace(metadata, checks=checks))
         artefact = load(temporary)
     artefact.path = path
