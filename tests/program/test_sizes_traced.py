@@ -1,5 +1,7 @@
 """Programs of traced heads for images of any size, against torch's own Hessian-vector product in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -205,6 +207,43 @@ class RowByRow(nn.Module):
 def test_heads_that_have_one_size(model, said):
     with pytest.raises(ExportError, match=f"dynamic_size=True is not to be had: .*({said})"):
         Explainer(model.eval().double(), "target").program(images_of(24, 24), dynamic_size=True)
+
+
+class DecidesByBoth(nn.Module):
+    """torch.export lets rules about height and width together pass in silence."""
+
+    def __init__(self, large: Callable[[int, int], bool]) -> None:
+        super().__init__()
+        self.large = large
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh() if self.large(x.shape[2], x.shape[3]) else x.sigmoid()
+
+
+def raises_if(large: bool) -> bool:
+    if large:
+        raise ValueError("too oblong")
+    return False
+
+
+@pytest.mark.parametrize("where", ["trunk", "head"])
+@pytest.mark.parametrize(
+    ("large", "said"),
+    [
+        (lambda h, w: h * w > 3000, "<= 3000, which is not so for"),
+        (lambda h, w: h > 3 * w, "which is not so for"),
+        (lambda h, w: (h * w) ** 0.5 > 60, "<= 60.0*, which is not so for"),
+        (lambda h, w: raises_if(h > 5 * w), "which is not so for .* fails on .* too oblong"),
+    ],
+    ids=["area", "aspect", "root", "refuses"],
+)
+def test_what_a_model_decides_by_both_sides_is_tried_where_it_is_not_so(large, said, where):
+    torch.manual_seed(3)
+    stem, decides = nn.Conv2d(3, CHANNELS, 3, 2, 1), DecidesByBoth(large)
+    parts = (nn.Sequential(stem, decides), ()) if where == "trunk" else (stem, (decides,))
+    model = Split(parts[0], nn.Sequential(*parts[1], nn.Conv2d(CHANNELS, 7, 1), nn.SiLU(), *pooled(7))).eval().double()
+    with pytest.raises(ExportError, match=f"for such sizes only: .*{said}"):
+        Explainer(model, "target").program(images_of(24, 24), dynamic_size=True)
 
 
 class OtherForLarge(nn.Module):

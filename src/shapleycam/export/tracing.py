@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from ..errors import ExportError, ShapleyCamError
-from ..program.graph import SIZE, TRACING, one_size, rule_of, shadow, taken_for_granted
-from ..program.sizes import counterexamples
+from ..program.graph import TRACING, one_size, rule_of, shadow
 from .interface import Interface
 from .metadata import Port
 
@@ -22,14 +21,14 @@ _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1
 
 def trace(
     interface: Interface, inputs: Sequence[Port], examples: Sequence[Tensor], least: Mapping[str, int]
-) -> tuple[ExportedProgram, dict[tuple[int, int], str]]:
+) -> ExportedProgram:
     """The exported program, whose free dimensions are those that the ports name, from the ``least`` of each on (else 1).
 
     What is traced is a copy of the modules over the same weights, as the tracer swaps these for fakes, and one thread traces at
     a time.
 
-    Beside it, the sizes of images for which it is doubtful (of :func:`~shapleycam.program.sizes.counterexamples`), where these
-    are free.
+    What the tracer could not prove of all sizes the graph does not assert: :func:`~shapleycam.program.sizes.counterexamples`
+    has it.
 
     Raises:
         ExportError: the model does not trace; the message names the line of the model's code where that can be told.
@@ -51,7 +50,7 @@ def trace(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=bool(least),
             )
-            return exported, _doubtful(exported, [inputs[0].shape.index(size) for size in SIZE]) if least else {}
+            return _without_asserts(exported)
     except ShapleyCamError:
         raise
     except Exception as error:
@@ -63,21 +62,14 @@ def trace(
         ) from error
 
 
-def _doubtful(exported: ExportedProgram, sides: Sequence[int]) -> dict[tuple[int, int], str]:
-    """The sizes for which a rule does not hold that the graph asserts; it does so no longer, as runtimes have no such operator.
-
-    Args:
-        exported: with a batch of images first.
-        sides: the dimensions of these that are their height and width.
-    """
+def _without_asserts(exported: ExportedProgram) -> ExportedProgram:
+    """The program, changed to assert nothing of its sizes: runtimes have no such operator."""
     graph = exported.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
         graph.erase_node(node)
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
-    first = exported.graph_signature.user_inputs[0]
-    images = next(node.meta["val"] for node in graph.find_nodes(op="placeholder") if node.name == first)
-    return counterexamples(taken_for_granted(images), images.shape[0], [images.shape[side] for side in sides])
+    return exported
 
 
 def place(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from ..plan import Plan, Settings
 from .base import Explained, Program, Recipe, map_size
 from .graph import ModelGraph, one_size, operator_of, plainly, said, trace
 from .pooled import PooledProgram
-from .sizes import check_sizes, in_words, other_sizes, resized, tried
+from .sizes import asked, check_sizes, in_words, other_sizes, resized, tried
 from .traced import TracedProgram
 
 #: The relative error up to which a program counts as the explainer that it was made from.
@@ -52,13 +53,17 @@ def build(
             _compare(program, explain, images, expected)
             for other, meant in others:
                 _compare(program, explain, other, meant)
-            for size_of_doubt in doubtful:
-                other = resized(images[:1], size_of_doubt)
-                _compare(program, explain, other, explain(other, None))
         except ExportError as error:
             if doubtful:
                 raise one_size(in_words(doubtful)) from error
             raise
+        for size_of_doubt in doubtful:
+            rule = in_words({size_of_doubt: doubtful[size_of_doubt]})
+            other, meant = asked(explain, images, size_of_doubt, rule)
+            try:
+                _compare(program, copy.copy(explain), other, meant)
+            except ExportError as error:
+                raise one_size(rule) from error
     return program
 
 

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten
 
@@ -70,8 +69,6 @@ class ModelGraph:
         whole: images -> (A, *the same).
         constants: tensors that the model holds outside of its parameters and buffers.
         spec: how the outputs are put together from their flat parts.
-        rules: what the tracer took for granted of the sizes of the images, as they were in the example: sympy expressions, and
-            where each comes from, if that is known, in words.
     """
 
     trunk: Part
@@ -79,7 +76,6 @@ class ModelGraph:
     whole: Part
     constants: dict[str, Tensor]
     spec: TreeSpec
-    rules: dict[Any, str]
 
 
 class _Tapped(nn.Module):
@@ -319,14 +315,7 @@ def _cut(program: torch.export.ExportedProgram, spec: TreeSpec, fold: bool) -> M
     graph_of = partial(_part, graph, names, copies, program.graph_module)
     whole, trunk = graph_of([images], given), graph_of([images], [tapped, *sides])
     head = graph_of([tapped, *sides], outputs)
-    return ModelGraph(trunk, head, whole, constants, spec, taken_for_granted(images.meta["val"]))
-
-
-def taken_for_granted(images: Tensor) -> dict[Any, str]:
-    """The rules that torch.export could not prove of all sizes of these fake images, and left to be asserted by the graph."""
-    mode = detect_fake_mode([images])
-    shapes = None if mode is None else mode.shape_env
-    return {} if shapes is None else {each.expr: "" for each in shapes.deferred_runtime_asserts.get(None, ())}
+    return ModelGraph(trunk, head, whole, constants, spec)
 
 
 def _of_sizes(node: fx.Node) -> bool:

@@ -10,19 +10,20 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sympy import Symbol
+from sympy import Function, Integer, Symbol
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import ExportError, ShapleyCamWarning
 from ..model.inputs import Inputs
 from ..plan import Plan, Settings
-from .graph import SIZE, TRACING, said, shadow
+from .graph import SIZE, TRACING, one_size, said, shadow
 
 
 def resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -109,6 +110,21 @@ def tried(
     return least, results
 
 
+def asked(explain: Callable[..., Any], images: Tensor, size: tuple[int, int], rule: str) -> tuple[Tensor, Any]:
+    """One image at a size for which it is doubtful that the graph is the model's, and its explanation.
+
+    Raises:
+        ExportError: the model does not take that size; ``rule`` is what does not hold there.
+    """
+    probe = resized(images[:1], size)
+    with TRACING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShapleyCamWarning)
+        found = _ask(copy.copy(explain), probe)
+    if isinstance(found, Exception):
+        raise one_size(f"{rule}, and fails on {size[0]} x {size[1]} ({said(found)[:-1]})") from found
+    return probe, found
+
+
 class _Large:
     """Whether at some size every module of the model has more than one of what it has several of at the images' own.
 
@@ -145,36 +161,49 @@ class _Large:
         return found
 
 
-def counterexamples(rules: Mapping[Any, str], batch: torch.SymInt, size: Sequence[torch.SymInt]) -> dict[tuple[int, int], str]:
-    """Heights and widths for which a rule of a tracer does not hold, one for each such rule, with the rule in words.
+def counterexamples(
+    images: Tensor, least: Sequence[int], dims: tuple[int, int] = (2, 3), operators: Sequence[Any] = ()
+) -> dict[tuple[int, int], str]:
+    """Heights and widths for which a rule of the tracer does not hold, one for each such rule, with the rule in words.
 
-    Every rule is tried on all heights and on all widths up to some thousands, and on some pairs of both, for the number of
-    images of the tracer's example.
+    torch.export sees to rules about one side alone that it can solve; it passes over those about both, and leaves what it
+    cannot prove to be asserted by the graph. Every rule is tried on all heights and on all widths up to some thousands, and on
+    some pairs of both, for one image, as :func:`asked` gives it.
 
     Args:
-        rules: boolean expressions in the symbols of the sizes, and where each comes from, in words.
-        batch: the number of images.
-        size: height and width.
+        images: the tracer's fake tensor, with its number of images and the sizes ``dims`` free.
+        least: height and width from which on they are. The tracer's own bounds are moved by the rules.
+        dims: height and width of ``images``.
+        operators: whom the tracer's rules are of, as far as that is known.
     """
-    symbols, shapes = [side.node._expr for side in (batch, *size)], batch.node.shape_env
-    assert shapes is not None
-    names = dict(zip(symbols, ("images", *SIZE), strict=True))
-    count, *least = batch.node.hint, *(int(shapes.bound_sympy(symbol).lower) for symbol in symbols[1:])
+    mode = detect_fake_mode([images])
+    assert mode is not None and mode.shape_env is not None
+    sides: list[Any] = [images.shape[dim] for dim in (0, *dims)]
+    names = {
+        side.node._expr: Symbol(name, integer=True)
+        for side, name in zip(sides, ("images", *SIZE), strict=True)
+        if isinstance(side, torch.SymInt)
+    }
     found: dict[tuple[int, int], str] = {}
-    for rule, source in rules.items():
-        written = PythonPrinter().doprint(rule.xreplace({each: Symbol(name, integer=True) for each, name in names.items()}))
-        rule_of = eval(f"lambda {', '.join(names.values())}: {written}", {"math": math})
+    shapes = mode.shape_env
+    rules = {guard.expr: operator for guard, operator in zip_longest(shapes.guards, operators)}
+    rules.update(dict.fromkeys(each.expr for each in shapes.deferred_runtime_asserts.get(None, ())))
+    for rule, operator in rules.items():
+        others = dict.fromkeys(rule.free_symbols - names.keys(), Integer(1))  # how many classes are given, say
+        written = PythonPrinter().doprint(rule.xreplace({**names, **others}))
+        known = {"math": math, "torch": torch, **{type(each).__name__: type(each) for each in rule.atoms(Function)}}
+        rule_of = eval(f"lambda images, {', '.join(SIZE)}: {written}", known)
 
         def holds(size: tuple[int, int], rule_of: Callable[..., Any] = rule_of) -> bool:
             try:
-                return bool(rule_of(count, *size))
-            except (ArithmeticError, NameError, TypeError, ValueError):  # of a size that nothing is known of
+                return bool(rule_of(1, *size))
+            except (ArithmeticError, TypeError, ValueError):  # of a size that nothing is known of
                 return False
 
         if all(map(holds, found)):
             broken = next((each for each in _sizes_to_try(least) if not holds(each)), None)
             if broken is not None:
-                found[broken] = written + source
+                found[broken] = written if operator is None else f"{written}, of {operator}"
     return found
 
 

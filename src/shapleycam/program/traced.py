@@ -6,7 +6,7 @@ function of tensors, which runs, compiles and exports like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -141,8 +141,8 @@ class _Free(TorchDispatchMode):
         super().__init__()
         assert mode.shape_env is not None
         self._shapes, self._batch, self._size = mode.shape_env, batch, size
-        #: Whom every guard of the tracer is of.
-        self._guards: list[Any] = [None] * len(self._shapes.guards)
+        #: Whom the tracer's rules are of.
+        self.operators: list[Any] = [None] * len(self._shapes.guards)
         self._running: Any = None
         self._fixed_by: Any = None
         self._fixes_batch = False
@@ -160,7 +160,7 @@ class _Free(TorchDispatchMode):
         self._running = operator
 
     def _see(self, operator: Any) -> None:
-        self._guards += [operator] * (len(self._shapes.guards) - len(self._guards))
+        self.operators += [operator] * (len(self._shapes.guards) - len(self.operators))
         if self._fixed_by is None and any(map(self._fixed, (self._batch, *self._size))):
             self._fixed_by, self._fixes_batch = operator, self._fixed(self._batch)
 
@@ -181,19 +181,6 @@ class _Free(TorchDispatchMode):
             f"dynamic_size=True is not to be had: the derivatives of the head behind {layer!r} are for one size of the images, "
             f"as {self._fixed_by} fixes it. Explain a layer behind that operator, or leave out dynamic_size=True."
         ) from error
-
-    def doubtful(self, known: Mapping[Any, str]) -> dict[tuple[int, int], str]:
-        """Sizes for which something does not hold by which an operator decided, with what that is: :func:`counterexamples`.
-
-        Args:
-            known: rules that were there before.
-        """
-        if not self._size:
-            return {}
-        self._see(None)
-        guards = zip(self._shapes.guards, self._guards, strict=True)
-        of_operators = {guard.expr: f", of {operator}" for guard, operator in guards if operator is not None}
-        return counterexamples({**of_operators, **known}, self._batch, self._size)
 
 
 def _derivatives(recipe: Recipe, graph: ModelGraph) -> tuple[fx.GraphModule, dict[tuple[int, int], str]]:
@@ -273,4 +260,5 @@ def _derivatives(recipe: Recipe, graph: ModelGraph) -> tuple[fx.GraphModule, dic
             ) from error
     any_strides(made.graph).eliminate_dead_code()
     made.recompile()
-    return made, free.doubtful(graph.rules)
+    doubtful = counterexamples(graph.trunk.inputs[0], recipe.least, operators=free.operators) if recipe.least else {}
+    return made, doubtful
