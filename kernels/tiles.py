@@ -1,6 +1,6 @@
 """Tiles: how the activations are cut among programs, and what is done inside a tile.
 
-docs/gpu_model.md has what these choices lead to, as predictions: no measurement has been made yet.
+docs/triton_model.md has what these choices lead to, as predictions: no measurement has been made yet.
 """
 
 from __future__ import annotations

@@ -182,7 +182,9 @@ def test_heads_of_torchvision_with_derivatives_of_their_own(tmp_path, name, laye
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("mobilenet_v2", {"width_mult": 0.25})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", {}), pytest.param("mobilenet_v2", {"width_mult": 0.25}, marks=pytest.mark.long)]
+)
 def test_networks_of_torchvision_in_both_runtimes(tmp_path, name, options):
     pytest.importorskip("openvino")
     torchvision = pytest.importorskip("torchvision")
