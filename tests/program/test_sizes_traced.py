@@ -179,6 +179,33 @@ def test_a_rule_that_cannot_be_proven_of_all_sizes_and_holds():
         torch.testing.assert_close(program(images_of(*size)).raw, explainer(images_of(*size)).raw, **TIGHT)
 
 
+class Distances(nn.Module):
+    """Its head reads weights between all positions, [H·W, H·W], which the trunk has made: no row of them is an image's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.target = nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.scale, self.linear = nn.Linear(1, 1), nn.Linear(CHANNELS, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        rows, columns = (torch.arange(side, dtype=x.dtype) for side in x.shape[2:])
+        place = (rows[:, None] + columns).flatten()
+        near = self.scale((place[:, None] - place).square()[..., None])[..., 0].softmax(1)
+        a = self.target((x.flatten(2) @ near).view_as(x))
+        return self.linear((a.flatten(2).tanh() @ near).square().mean(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "quadrature", "nodes": 3}])
+def test_what_the_head_reads_may_have_a_row_for_every_position(options):
+    explainer = Explainer(Distances().eval().double(), "target", **options)
+    program = explainer.program(images_of(16, 16), targets="given", dynamic_size=True)
+    for size in ((16, 16), (22, 31)):
+        images, targets = images_of(*size), torch.tensor([[0, 3, 1], [4, 4, 2]])
+        torch.testing.assert_close(program(images, targets).raw, explainer(images, targets).raw, **TIGHT)
+
+
 class Decides(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.tanh() if x.shape[2] > 30 else x.sigmoid()

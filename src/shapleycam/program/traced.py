@@ -108,8 +108,13 @@ class TracedProgram(Program):
 
 
 def _by_row(graph: ModelGraph) -> tuple[bool, ...]:
-    """Which of (A, *sides) have a row for every image, or several."""
-    return tuple(bool(fake.ndim) and isinstance(fake.shape[0], torch.SymInt) for fake in graph.head.inputs)
+    """Which of (A, *sides) have a row for every image, or several; another may have one for every row of the image."""
+    count: Any = graph.trunk.inputs[0].shape[0]
+
+    def of(first: Any) -> bool:
+        return isinstance(first, torch.SymInt) and count.node.expr in first.node.expr.free_symbols
+
+    return tuple(bool(fake.ndim) and of(fake.shape[0]) for fake in graph.head.inputs)
 
 
 def _start(a: Tensor, recipe: Recipe) -> Tensor:
