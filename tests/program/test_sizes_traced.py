@@ -206,6 +206,23 @@ def test_what_the_head_reads_may_have_a_row_for_every_position(options):
         torch.testing.assert_close(program(images, targets).raw, explainer(images, targets).raw, **TIGHT)
 
 
+class Functional(nn.Module):
+    """Pools that are no modules, the last of which a small image would leave one row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(x.sigmoid(), 2, return_indices=True)[0]
+        return nn.functional.avg_pool2d(x.square(), 3, 2).mean((2, 3))
+
+
+def test_the_least_size_leaves_functions_several_rows_too():
+    model = Split(nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.Sequential(Functional(), nn.Linear(CHANNELS, CLASSES))).eval().double()
+    program = Explainer(model, "target").program(images_of(40, 40), targets="given", dynamic_size=True)
+    assert program.least == (32, 32)
+    for size in ((32, 32), (33, 71)):
+        images, targets = images_of(*size, 1), torch.tensor([3])
+        torch.testing.assert_close(program(images, targets).raw[0], by_torch(model, images, 3), **TIGHT)
+
+
 class Decides(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.tanh() if x.shape[2] > 30 else x.sigmoid()

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sympy import Function, Integer, Symbol
-from torch import Tensor, nn
+from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import ExportError, ShapleyCamWarning
 from ..model.inputs import Inputs
 from ..plan import Plan, Settings
-from .graph import SIZE, TRACING, one_size, said, shadow
+from .graph import SIZE, TRACING, one_size, said
 
 
 def resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -125,15 +126,29 @@ def asked(explain: Callable[..., Any], images: Tensor, size: tuple[int, int], ru
     return probe, found
 
 
+class _Shapes(TorchFunctionMode):
+    """Notes the shapes of what the functions of torch return, less the number of images, in the order of the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, Tensor):
+                self.found.append(tuple(each.shape[1:]))
+        return result
+
+
 class _Large:
-    """Whether at some size every module of the model has more than one of what it has several of at the images' own.
+    """Whether at some size the model has everywhere more than one of what it has several of at the images' own.
 
     A graph takes a dimension of one element for another than one of several.
     """
 
     def __init__(self, settings: Settings, images: Tensor) -> None:
-        self._model = shadow(settings.model, type(settings.model).__name__)
-        self._images, self._images_as = images[:1], settings.images_as
+        self._settings, self._images = settings, images[:1]
         self._usual = self._shapes(self._images)
 
     def __call__(self, size: tuple[int, ...]) -> bool:
@@ -144,21 +159,10 @@ class _Large:
         )
 
     def _shapes(self, images: Tensor) -> list[tuple[int, ...]]:
-        """Of the outputs, less the number of images, in the order of the calls."""
-        found: list[tuple[int, ...]] = []
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                found.append(tuple(output.shape[1:]))
-
-        handles = [module.register_forward_hook(note) for module in self._model.modules()]
-        try:
-            with torch.no_grad():
-                Inputs(images, images_as=self._images_as).run(self._model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        noted = _Shapes()
+        with torch.no_grad(), noted:
+            Inputs(images, images_as=self._settings.images_as).run(self._settings.model)
+        return noted.found
 
 
 def counterexamples(
