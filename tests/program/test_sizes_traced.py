@@ -236,6 +236,14 @@ class RowByRow(nn.Module):
         return state.mean(2)
 
 
+class Padded(nn.Module):
+    """To whole windows of two by two."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(x, (0, -x.shape[3] % 2, 0, -x.shape[2] % 2))
+        return nn.functional.pixel_unshuffle(x, 2).unflatten(1, (CHANNELS, 4)).tanh().mean(2)
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
@@ -245,8 +253,13 @@ class RowByRow(nn.Module):
             Split(nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.Sequential(RowByRow(), nn.Linear(CHANNELS, CLASSES))),
             "for such sizes only: one height",
         ),
+        (Split(nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.Sequential(Padded(), *pooled(CHANNELS))), "only: multiples of some number"),
+        (
+            Split(nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.Sequential(nn.MaxPool2d(7), nn.Sigmoid(), *pooled(CHANNELS))),
+            "one (height|width), .*larger images",
+        ),
     ],
-    ids=["resize", "decision", "recurrent"],
+    ids=["resize", "decision", "recurrent", "padded", "one row"],
 )
 def test_heads_that_have_one_size(model, said):
     with pytest.raises(ExportError, match=f"dynamic_size=True is not to be had: .*({said})"):

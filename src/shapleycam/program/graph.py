@@ -223,6 +223,8 @@ def rule_of(error: BaseException) -> str:
     lines = str(error)
     if single := re.search(r"Specializations unexpectedly required \((.+?)\)", lines):
         return f"one {single[1]}, as in the example"
+    if lines.startswith("Cannot create Dim"):  # what torch stumbles over when it would propose multiples
+        return f"multiples of some number ({said(error)[:-1]})"
     if "Constraints violated" not in lines:
         return ""
     found = re.search(r"generated guard (.+?)\.?$", lines, re.MULTILINE) or re.search(r"- (.+?)\.?$", lines, re.MULTILINE)
@@ -236,7 +238,8 @@ def one_size(rule: str) -> ExportError:
     """The error of a graph that holds for some sizes of the images only; ``rule`` says which, or what makes it so."""
     return ExportError(
         f"dynamic_size=True is not to be had: the graph of the model is for such sizes only: {rule}. Code that decides by the "
-        "size (windows padded to a multiple, another road for large images) fixes it: leave out dynamic_size=True."
+        "size (windows padded to a multiple, another road for large images) fixes it, or images so small that something has "
+        "one row or column: leave out dynamic_size=True, or give larger images."
     )
 
 
