@@ -53,7 +53,13 @@ def heads() -> dict[str, tuple[nn.Module, ...]]:
             nn.GELU(),
             *pooled(8),
         ),
-        "transposed": (nn.ConvTranspose2d(c, 8, 3, 2, 1, output_padding=1), nn.SiLU(), *pooled(8)),
+        "transposed": (
+            nn.ConvTranspose2d(c, 8, 3, 2, 1, output_padding=1),
+            nn.SiLU(),
+            nn.ConvTranspose2d(8, 7, 3, 1, 1, output_padding=1, dilation=2),
+            nn.SiLU(),
+            *pooled(7),
+        ),
         "pools": (
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),

@@ -37,6 +37,7 @@ class _Kernel:
         weight: [out, in / groups, *kernel], of the convolution.
         size: of its input's positions.
         adjoint: the map from outputs to inputs.
+        count: of its outputs' positions, where it has fewer than fit: a transposed convolution may leave out its last ones.
     """
 
     weight: Tensor
@@ -46,22 +47,29 @@ class _Kernel:
     groups: int
     size: list[Size]
     adjoint: bool = False
+    count: tuple[Size, ...] = ()
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rank, weight = x.ndim - 2, self.weight
         if not self.adjoint:
-            return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
+            out: Tensor = aten.convolution(
+                x, weight, bias, self.stride, self.padding, self.dilation, False, [0] * rank, self.groups
+            )
+            for dim, number in enumerate(self.count, 2):
+                out = out.narrow(dim, 0, number)
+            return out
         reach = [d * (int(k) - 1) for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
         around = [r - p for r, p in zip(reach, self.padding, strict=True)]
-        if all(s == 1 for s in self.stride) and all(width >= 0 for width in around):
-            # With the kernel flipped it is a convolution again, for which every runtime has its best code.
-            flipped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + rank)))
-            return aten.convolution(x, flipped, bias, self.stride, around, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
         left = [
             known(size - ((n - 1) * s - 2 * p + r + 1))
             for size, n, s, p, r in zip(self.size, x.shape[2:], self.stride, self.padding, reach, strict=True)
         ]
-        if all(isinstance(width, int) for width in left):
+        exact = all(isinstance(width, int) for width in left)
+        if exact and not any(left) and all(s == 1 for s in self.stride) and all(width >= 0 for width in around):
+            # With the kernel flipped it is a convolution again, for which every runtime has its best code.
+            flipped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + rank)))
+            return aten.convolution(x, flipped, bias, self.stride, around, self.dilation, False, [0] * rank, self.groups)  # type: ignore[no-any-return]
+        if exact:
             return aten.convolution(x, weight, bias, self.stride, self.padding, self.dilation, True, left, self.groups)  # type: ignore[no-any-return]
         # How far the last windows reach depends on the size, and is an attribute in ONNX: all of it, of which a part is kept.
         most = [s - 1 for s in self.stride]
@@ -139,4 +147,6 @@ def conv_transpose(
             x.shape[2:], stride, padding, dilation, weight.shape[2:], _each(output_padding, rank), strict=True
         )
     ]
-    return _Linear.apply(x, bias, _Kernel(weight, stride, padding, dilation, groups, size, adjoint=True))
+    fewer = any(o >= s for o, s in zip(_each(output_padding, rank), stride, strict=True))
+    count = tuple(known(n) for n in x.shape[2:]) if fewer else ()
+    return _Linear.apply(x, bias, _Kernel(weight, stride, padding, dilation, groups, size, True, count))
