@@ -74,6 +74,25 @@ def small_heads(channels: int = 6, classes: int = 5) -> dict[str, tuple[nn.Modul
     }
 
 
+def by_definition(model: nn.Module, image: Tensor, target: int, utility: str = "rest") -> Tensor:
+    """ShapleyCAM's raw map [H, W] of one image at a model's ``target``, by torch.autograd.functional and its ``head`` alone."""
+    a = model.target(image).detach()
+
+    def value(b: Tensor) -> Tensor:
+        z = model.head(b.clone())[0]
+        log_p = z.log_softmax(0)[target]
+        return {"logit": z[target], "probability": log_p.exp(), "log_probability": log_p, "rest": z[target] + log_p}[utility]
+
+    g = torch.autograd.functional.jacobian(value, a)
+    _, hvp = torch.autograd.functional.hvp(value, a, a)
+    assert float(hvp.norm() / g.norm()) > 0.01, "a head without curvature proves little"
+    w = g - hvp / 2
+    if a.ndim == 3:  # a class token, then the patches of a square
+        side = round((a.shape[1] - 1) ** 0.5)
+        a, w = (t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (a, w))
+    return (w.mean((2, 3), keepdim=True) * a).sum(1)[0]
+
+
 def toy(classes: int = 5, channels: int = 6) -> nn.Module:
     """A small network with a curved head that runs in a millisecond."""
     torch.manual_seed(0)

@@ -463,7 +463,8 @@ class Explainer:
             size: of ``maps``: "layer" for the grid of the target layer, "image" for the images' own, or a size.
             all_classes: accept that "all" costs K passes of a head that is not pool-and-linear, in memory at once.
             dynamic_size: take images of any height and width, from a least one on, which is ``program.least``; maps follow.
-                For convolutional models; tried at three other sizes.
+                For convolutional models; tried at three other sizes, and wherever the model or a derivative would decide
+                something otherwise by the size.
 
         Raises:
             ExportError: the method, utility, engine or baseline is none that a program has; the model or the derivatives of

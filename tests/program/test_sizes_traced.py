@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from shapleycam import Explainer, ExportError
-from shapleycam.program import substitutes
+from shapleycam.program import sizes, substitutes
 
-from ..helpers import Split
+from ..helpers import Split, by_definition
 
 CHANNELS, CLASSES = 6, 5
 TIGHT = {"rtol": 1e-8, "atol": 1e-11}
@@ -108,20 +108,6 @@ def images_of(height: int, width: int, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, height, width, dtype=torch.float64, generator=generator)
 
 
-def by_torch(model: nn.Module, image: torch.Tensor, target: int) -> torch.Tensor:
-    """ShapleyCAM's raw map of one image, by the definition."""
-    a = model.target(image).detach()
-
-    def rest(b: torch.Tensor) -> torch.Tensor:
-        z = model.head(b.clone())[0]
-        return z[target] + z.log_softmax(0)[target]
-
-    g = torch.autograd.functional.jacobian(rest, a)
-    _, hvp = torch.autograd.functional.hvp(rest, a, a)
-    assert float(hvp.norm() / g.norm()) > 0.01, "a head without curvature proves little"
-    return ((g - hvp / 2).mean((2, 3), keepdim=True) * a).sum(1)[0]
-
-
 @pytest.mark.parametrize("name", heads())
 def test_against_the_definition_at_other_sizes(name):
     model = model_of(name)
@@ -132,7 +118,7 @@ def test_against_the_definition_at_other_sizes(name):
         found = program(images, targets)
         torch.testing.assert_close(found.logits, model(images), **TIGHT)
         for i, target in enumerate(targets.tolist()):
-            torch.testing.assert_close(found.raw[i], by_torch(model, images[i : i + 1], target), **TIGHT)
+            torch.testing.assert_close(found.raw[i], by_definition(model, images[i : i + 1], target), **TIGHT)
         assert found.maps.shape == (3, height, width)
 
 
@@ -226,7 +212,7 @@ def test_the_least_size_leaves_functions_several_rows_too():
     assert program.least == (32, 32)
     for size in ((32, 32), (33, 71)):
         images, targets = images_of(*size, 1), torch.tensor([3])
-        torch.testing.assert_close(program(images, targets).raw[0], by_torch(model, images, 3), **TIGHT)
+        torch.testing.assert_close(program(images, targets).raw[0], by_definition(model, images, 3), **TIGHT)
 
 
 class Decides(nn.Module):
@@ -337,3 +323,11 @@ def test_what_a_derivative_decides_by_is_tried_where_it_is_not_so(monkeypatch):
     explainer, program = made(nn.SiLU())
     assert seen and [height for height, _ in program.doubtful] in ([199], [200])
     torch.testing.assert_close(program(images_of(31, 30)).raw, explainer(images_of(31, 30)).raw, **TIGHT)
+
+
+def test_a_rule_that_cannot_be_computed_is_named(monkeypatch):
+    monkeypatch.setattr(sizes.PythonPrinter, "doprint", lambda self, rule: "nobody_knows(height)")
+    head = nn.Sequential(DecidesByBoth(lambda h, w: h * w > 3000), *pooled(CHANNELS))
+    explainer = Explainer(Split(nn.Conv2d(3, CHANNELS, 3, 2, 1), head).eval().double(), "target")
+    with pytest.raises(ExportError, match=r"only: nobody_knows\(height\), which cannot be tried \(NameError: .*nobody_knows"):
+        explainer.program(images_of(24, 24), dynamic_size=True)

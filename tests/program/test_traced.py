@@ -14,7 +14,7 @@ from shapleycam.objectives import SegmentationScore
 from shapleycam.program import traced
 from shapleycam.program.build import off
 
-from ..helpers import Split, network, small_heads
+from ..helpers import Split, by_definition, network, small_heads
 
 HEADS = [name for name in small_heads() if name != "pool-linear"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
@@ -37,23 +37,6 @@ def images(count: int = 5, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(count, 3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def by_torch(model: nn.Module, x: torch.Tensor, target: int, utility: str) -> torch.Tensor:
-    """ShapleyCAM's raw map of one image, by the definitions: torch.autograd.functional.hvp of the head alone."""
-    a = model.target(x).detach()
-
-    def value(b: torch.Tensor) -> torch.Tensor:
-        z = model.head(b.clone())[0]
-        log_p = z.log_softmax(0)[target]
-        return {"logit": z[target], "probability": log_p.exp(), "log_probability": log_p, "rest": z[target] + log_p}[utility]
-
-    g = torch.autograd.functional.jacobian(value, a)
-    _, hvp = torch.autograd.functional.hvp(value, a, a)
-    w = g - hvp / 2
-    if a.ndim == 3:  # a class token, then the patches
-        a, w = (t[:, 1:].transpose(1, 2).unflatten(2, (4, 4)) for t in (a, w))
-    return (w.mean((2, 3), keepdim=True) * a).sum(1)[0]
-
-
 @pytest.mark.parametrize(
     ("head", "utility"), [*((head, "rest") for head in HEADS), *(("conv-bn-silu", u) for u in UTILITIES if u != "rest")]
 )
@@ -66,7 +49,7 @@ def test_against_the_definition(head, utility, monkeypatch):
     found = program(x, targets)
     assert program.engine == "reverse_over_reverse"
     for i, target in enumerate(targets.tolist()):
-        torch.testing.assert_close(found.raw[i], by_torch(model, x[i : i + 1], target, utility), **TIGHT)
+        torch.testing.assert_close(found.raw[i], by_definition(model, x[i : i + 1], target, utility), **TIGHT)
 
 
 def _plain_attention(q, k, v):

@@ -71,7 +71,8 @@ def export(
         resize: take decoded pictures of any size, and resize and crop them inside as ``preprocess.view`` does with the Pillow
             that is installed, to the same levels.
         dynamic_size: take images of any height and width, as they are, from a least one on (``metadata.least_size``), which
-            depends on the model; maps follow. For convolutional models; the file is compared at three sizes more.
+            depends on the model; maps follow. For convolutional models; the file is compared at three sizes more, and wherever
+            something would be decided otherwise by the size.
         classes: the names of the classes, for the metadata.
         name: of the model, for the metadata; its class's by default.
         opset: of ONNX; 18 by default.

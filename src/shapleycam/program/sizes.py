@@ -179,6 +179,9 @@ def counterexamples(
         least: height and width from which on they are. The tracer's own bounds are moved by the rules.
         dims: height and width of ``images``.
         operators: whom the tracer's rules are of, as far as that is known.
+
+    Raises:
+        ExportError: a rule that cannot be computed.
     """
     mode = detect_fake_mode([images])
     assert mode is not None and mode.shape_env is not None
@@ -196,7 +199,13 @@ def counterexamples(
         others = dict.fromkeys(rule.free_symbols - names.keys(), Integer(1))  # how many classes are given, say
         written = PythonPrinter().doprint(rule.xreplace({**names, **others}))
         known = {"math": math, "torch": torch, **{type(each).__name__: type(each) for each in rule.atoms(Function)}}
-        rule_of = eval(f"lambda images, {', '.join(SIZE)}: {written}", known)
+        try:
+            rule_of = eval(f"lambda images, {', '.join(SIZE)}: {written}", known)
+            rule_of(1, *least)
+        except (AttributeError, NameError, SyntaxError) as error:  # of a tracer whose rules have words that are not known here
+            raise one_size(f"{written}, which cannot be tried ({said(error)[:-1]})") from error
+        except (ArithmeticError, TypeError, ValueError):
+            pass  # of that size; below it does not hold there
 
         def holds(size: tuple[int, int], rule_of: Callable[..., Any] = rule_of) -> bool:
             try:
